@@ -1,0 +1,3 @@
+_base_ = './sam.py'
+
+model = dict(sam=dict(arch='vit_h', checkpoint='{{$PTQSAM_CKPT:ckpt}}/sam_vit_h_4b8939.pth'))

@@ -1,0 +1,3 @@
+_base_ = './sam.py'
+
+model = dict(sam=dict(arch='vit_l', checkpoint='{{$PTQSAM_CKPT:ckpt}}/sam_vit_l_0b3195.pth'))

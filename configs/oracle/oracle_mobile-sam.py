@@ -1,0 +1,3 @@
+_base_ = ['../_base_/runtime.py', '../_base_/coco.py', '../_base_/mobile-sam.py']
+
+model = dict(detector=dict(type='OracleDetector'))

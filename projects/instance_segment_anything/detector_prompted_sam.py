@@ -1,0 +1,199 @@
+"""A detector proposes boxes, SAM turns them into masks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.models.detectors import BaseDetector
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from .box_cache import AttachBoxes, CachedBoxes, cached_boxes
+from .checks import reject_unknown
+from .masks import encode_masks
+from .mmdet_detector import MMDetDetector
+from .oracle import OracleDetector
+from .prompts import PromptOptions
+from .sam import SegmentAnything
+
+# upscaled logits of one image that exist at a time: 2^25 pixels are 128 MiB, all masks of a chunk for COCO's sizes
+_MAX_PIXELS = 2**25
+
+
+@MODELS.register_module()
+class DetectorPromptedSAM(BaseDetector):
+    """Instance segmentation by SAM with the boxes of a detector as prompts.
+
+    The detector is a plain object, not a submodule: it is built when the first box is asked for (never, when the boxes
+    come from a cache), and neither ``state_dict()`` nor quantization nor ``deepcopy`` ever sees it.
+
+    Args:
+        detector: name or path of an mmdet config, an mmdet model config, or ``dict(type='OracleDetector')``.
+        sam: config of ``SegmentAnything``.
+        detector_checkpoint: weights of the detector.
+        detector_pipeline: the detector's own test pipeline; that of its config when ``detector`` is a name or path.
+        test_cfg: fields of ``PromptOptions``.
+        data_preprocessor: mmdet's ``DetDataPreprocessor`` with SAM's mean and std, padding to SAM's input.
+    """
+
+    def __init__(
+        self,
+        detector: str | Mapping[str, Any],
+        sam: Mapping[str, Any],
+        detector_checkpoint: str | None = None,
+        detector_pipeline: Sequence[Mapping[str, Any]] | None = None,
+        test_cfg: Mapping[str, Any] | None = None,
+        data_preprocessor: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor=data_preprocessor)
+        test_cfg = test_cfg or {}
+        reject_unknown('model.test_cfg', test_cfg, [field.name for field in fields(PromptOptions)])
+        self.options = PromptOptions(**test_cfg)
+        # what results depend on, for fingerprints
+        self.sam_config = {key: value for key, value in sam.items() if key != 'checkpoint'}
+        self.prompt_config = dict(
+            asdict(self.options), detector=detector, weights=detector_checkpoint, pipeline=detector_pipeline
+        )
+        self.sam: SegmentAnything = MODELS.build(sam)
+        self.detector: OracleDetector | MMDetDetector
+        if isinstance(detector, Mapping) and detector.get('type') == 'OracleDetector':
+            self.detector = MODELS.build(detector)
+        else:
+            self.detector = MMDetDetector(detector, detector_checkpoint, detector_pipeline)
+
+    @property
+    def sam_checkpoint(self) -> str | None:
+        """File of SAM's weights."""
+        return self.sam.checkpoint
+
+    def init_weights(self) -> None:
+        """Load SAM's checkpoint. The detector loads its own when it is built."""
+        self.sam.init_weights()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.parameters()).device
+
+    def encode(self, batch_inputs: Tensor) -> Tensor:
+        """Embed preprocessed images (B, 3, S, S) as (B, C, S / 16, S / 16)."""
+        return self.sam.encode(batch_inputs)
+
+    extract_feat = encode
+
+    def detect(self, data_sample: DetDataSample) -> InstanceData:
+        """All boxes of one image: those that the data sample carries, else the detector's.
+
+        Args:
+            data_sample: ``proposals`` if there are any; else what the detector needs.
+
+        Returns:
+            ``bboxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,).
+        """
+        if 'proposals' in data_sample:
+            return data_sample.proposals
+        return self.detector.detect(data_sample, self.device)
+
+    def attach_boxes(self, dataset: Any, cache_dir: str | Path) -> None:
+        """Let a dataset's data samples carry their prompt boxes, so that no later run of it needs the detector.
+
+        Args:
+            dataset: an mmdet ``CocoDataset`` whose pipeline ends with ``PackDetInputs``; gets one more step, which
+                replaces that of an earlier call.
+            cache_dir: folder for the boxes of a detector (see ``cached_boxes``); the oracle's need no file.
+        """
+        if isinstance(self.detector, MMDetDetector):
+            source = CachedBoxes(cached_boxes(self.detector, dataset, cache_dir, self.device))
+        else:
+            source = self.detector
+        steps = [step for step in dataset.pipeline.transforms if not isinstance(step, AttachBoxes)]
+        dataset.pipeline.transforms = [*steps, AttachBoxes(source, self.options)]
+
+    @torch.no_grad()
+    def predict(
+        self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample], rescale: bool = True
+    ) -> list[DetDataSample]:
+        """Segment a batch of images.
+
+        Args:
+            batch_inputs: (B, 3, S, S) from the data preprocessor.
+            batch_data_samples: B data samples with metainfo ``img_id``, ``img_path``, ``ori_shape``, ``img_shape``,
+                ``scale_factor``, and optionally ``proposals``.
+            rescale: part of mmdet's signature; masks and boxes are always those of the original image.
+
+        Returns:
+            The data samples with ``pred_instances`` as ``decode`` returns them.
+        """
+        return self.predict_from(self.encode(batch_inputs), batch_data_samples)
+
+    @torch.no_grad()
+    def predict_from(self, embeddings: Tensor, batch_data_samples: list[DetDataSample]) -> list[DetDataSample]:
+        """``predict`` for embeddings (B, C, S / 16, S / 16) that are there already."""
+        for embedding, data_sample in zip(embeddings, batch_data_samples, strict=True):
+            proposals = self.options.select(self.detect(data_sample))
+            data_sample.pred_instances = self.decode(embedding[None], proposals, data_sample.metainfo)
+        return batch_data_samples
+
+    def decode(self, embedding: Tensor, proposals: InstanceData, metainfo: Mapping[str, Any]) -> InstanceData:
+        """Segment the proposals of one image, chunk by chunk.
+
+        Args:
+            embedding: (1, C, S / 16, S / 16).
+            proposals: ``bboxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,).
+            metainfo: ``ori_shape``, ``img_shape`` (height, width before padding), ``scale_factor`` (width, height).
+
+        Returns:
+            ``bboxes``, ``scores``, ``labels`` as given; ``mask_scores`` (N,), by which instances are ranked; ``masks``:
+            N run-length codes of the original resolution (``decode_masks`` makes arrays of them).
+        """
+        scale = proposals.bboxes.new_tensor(metainfo['scale_factor']).repeat(2)
+        masks: list[dict] = []
+        quality = []
+        for start in range(0, len(proposals), self.options.chunk_size):
+            boxes = proposals.bboxes[start : start + self.options.chunk_size] * scale
+            logits, iou = self.decode_logits(embedding, boxes)
+            masks += self._binary_masks(logits, metainfo['img_shape'], metainfo['ori_shape'])
+            quality.append(iou)
+        scores = proposals.scores
+        if self.options.use_sam_iou and quality:
+            scores = scores * torch.cat(quality)
+        return InstanceData(
+            bboxes=proposals.bboxes, scores=proposals.scores, labels=proposals.labels, mask_scores=scores, masks=masks
+        )
+
+    def decode_logits(self, embedding: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks for one chunk of boxes, with the choice among masks and the extra passes that the options ask for.
+
+        Args:
+            embedding: (1, C, S / 16, S / 16).
+            boxes: (N, 4) xyxy in pixels of the resized image.
+
+        Returns:
+            Logits (N, S / 4, S / 4) and predicted IoU (N,).
+        """
+        logits, iou = None, None
+        for _ in range(1 + self.options.cascade):
+            logits, iou = self.sam.decode(embedding, boxes, logits, self.options.multimask)
+            best = iou.argmax(dim=1, keepdim=True)
+            iou = iou.gather(1, best)
+            logits = logits.take_along_dim(best[..., None, None], dim=1)
+        return logits[:, 0], iou[:, 0]
+
+    def _binary_masks(self, logits: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> list[dict]:
+        pixels = max(original_size[0] * original_size[1], self.sam.image_size**2)
+        masks: list[dict] = []
+        for part in logits[:, None].split(max(1, _MAX_PIXELS // pixels)):
+            part = self.sam.postprocess_masks(part, tuple(input_size), tuple(original_size))
+            masks += encode_masks(part[:, 0] > self.sam.mask_threshold)
+        return masks
+
+    def loss(self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample]) -> dict:
+        """There is no training loss."""
+        raise NotImplementedError('DetectorPromptedSAM has no loss: it is quantized after training, never trained')
+
+    def _forward(self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample] | None = None) -> Tensor:
+        raise NotImplementedError("DetectorPromptedSAM has no mode 'tensor': use mode='predict', encode() or decode()")

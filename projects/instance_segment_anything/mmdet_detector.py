@@ -1,0 +1,145 @@
+"""Boxes from any mmdet detector, built when the first box is asked for."""
+
+import copy
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
+
+from ptqsam.errors import ConfigError
+from ptqsam.fileio import sha256_file
+from ptqsam.weights import load_state_dict_strict, load_weights
+
+# weight averages that some training hooks leave in a checkpoint beside the weights
+_NOT_WEIGHTS = (r'^ema_',)
+
+
+class MMDetDetector:
+    """An mmdet detector with its own checkpoint and its own image pipeline.
+
+    Args:
+        config: an mmdet config by name ('mmdet::yolox/yolox_l_8xb8-300e_coco.py') or path, or a model config dict.
+        checkpoint: weights in mmdet 3.x names.
+        pipeline: test pipeline of the detector; the one of the config when that is a name or path.
+    """
+
+    def __init__(
+        self,
+        config: str | Mapping[str, Any],
+        checkpoint: str | None = None,
+        pipeline: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.pipeline = pipeline
+        self._model: torch.nn.Module | None = None
+        self._transforms: Compose | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What the boxes depend on: the resolved model config and pipeline, and the sha256 of the weights."""
+        model, pipeline = self.resolve()
+        return {'model': model, 'pipeline': pipeline, 'weights': sha256_file(self._checkpoint())}
+
+    def resolve(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Read the model config and the pipeline, whichever way they were given.
+
+        Returns:
+            Model config and pipeline as plain dicts. The pipeline loads images with our checks and no annotations.
+
+        Raises:
+            ConfigError: a config that cannot be read, or that lacks a model or a pipeline.
+        """
+        pipeline = self.pipeline
+        if isinstance(self.config, str):
+            config = _read_config(self.config)
+            model = config.get('model')
+            pipeline = pipeline or config.get('test_dataloader', {}).get('dataset', {}).get('pipeline')
+        else:
+            model = self.config
+        if not model or not pipeline:
+            missing = 'model' if not model else 'test pipeline (give model.detector_pipeline)'
+            raise ConfigError(f'model.detector: has no {missing}; name an mmdet config or write it out')
+        steps = [dict(step) for step in copy.deepcopy(_plain(pipeline)) if not step['type'].endswith('Annotations')]
+        for step in steps:
+            if step['type'] == 'LoadImageFromFile':
+                step['type'] = 'LoadImage'
+        return _plain(model), steps
+
+    @torch.no_grad()
+    def detect(self, data_sample: DetDataSample, device: torch.device) -> InstanceData:
+        """Detect objects in one image.
+
+        Args:
+            data_sample: metainfo ``img_path`` and ``img_id`` are read.
+            device: where the detector runs.
+
+        Returns:
+            ``bboxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,).
+
+        Raises:
+            AssetError: missing or wrong checkpoint, missing or undecodable image.
+        """
+        if self._model is None:
+            self._build()
+        self._model.to(device)
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            data = self._transforms(dict(img_path=data_sample.img_path, img_id=data_sample.img_id))
+            found = self._model.test_step(pseudo_collate([data]))[0].pred_instances
+        return InstanceData(bboxes=found.bboxes, scores=found.scores, labels=found.labels)
+
+    def release(self) -> None:
+        """Give the detector's memory back; the next ``detect`` builds it again."""
+        self._model = self._transforms = None
+
+    def _build(self) -> None:
+        config, pipeline = self.resolve()
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            model = MODELS.build(config)
+            self._transforms = Compose(pipeline)
+        load_state_dict_strict(
+            model,
+            load_weights(self._checkpoint()),
+            source=str(self.checkpoint),
+            ignore=_NOT_WEIGHTS,
+            hint=lambda _: 'model.detector_checkpoint must hold weights of model.detector',
+        )
+        self._model = model.eval()
+
+    def _checkpoint(self) -> str:
+        if self.checkpoint is None:
+            raise ConfigError('model.detector_checkpoint is missing: the detector needs its weights')
+        if not Path(self.checkpoint).is_file():
+            load_weights(self.checkpoint)  # has the message for a missing file
+        return self.checkpoint
+
+
+def _read_config(name: str) -> Config:
+    """Read a config file, or 'PACKAGE::FOLDER/NAME.py' of those that OpenMMLab packages carry in their folder .mim."""
+    try:
+        package, _, path = name.rpartition('::')
+        if package:
+            path = str(Path(importlib.import_module(package).__file__).parent / '.mim/configs' / path)
+        return Config.fromfile(path)
+    except (OSError, KeyError, ValueError, ImportError, SyntaxError) as error:
+        reason = ' '.join(str(error).split())
+        raise ConfigError(
+            f"model.detector='{name}': cannot read this config ({reason}); "
+            "write 'mmdet::FOLDER/NAME.py' or the path of a config file"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDicts as dicts, tuples as lists: the same text and the same fingerprint either way."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

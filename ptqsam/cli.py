@@ -1,0 +1,231 @@
+"""The command line of the main job: calibrate, freeze, evaluate, report (`tools/test_quant.py`, `ptqsam-test`)."""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mmengine.config import Config, DictAction
+from mmengine.dist import is_main_process
+from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+
+from ptqsam.config import QuantConfig, load_quant_config
+from ptqsam.errors import ConfigError, PTQSAMError
+from ptqsam.report import result_table
+from ptqsam.solver.loop import RunOptions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the main job.
+
+    Args:
+        argv: command line without the program's name, default `sys.argv`.
+
+    Returns:
+        Exit code: 0 done, 2 bad usage or config, 3 missing or bad data or checkpoint, 4 freeze gate, 130 interrupted.
+    """
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except PTQSAMError as error:
+        if args.verbose:
+            traceback.print_exc()
+        print(f'error: {one_line(error)}', file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print('interrupted; run again with --resume to go on from the last finished stage', file=sys.stderr)
+        return 130
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; bad usage exits with 2."""
+    parser = argparse.ArgumentParser(prog='ptqsam-test', description='Quantize the SAM of a pipeline and evaluate it.')
+    parser.add_argument('model_config', help='pipeline: detector, SAM, data (configs/...)')
+    parser.add_argument('quant_config', help='recipe (exp/...)')
+    parser.add_argument('--work-dir', type=Path, help='results go here, default work_dirs/MODEL/RECIPE')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='override the pipeline, k=v')
+    parser.add_argument('--quant-options', nargs='+', action=DictAction, default={}, help='override the recipe, k=v')
+    parser.add_argument('--eval-fp', action='store_true', help='evaluate the floating-point model as well')
+    parser.add_argument('--limit', type=int, help='evaluate only the first N images')
+    parser.add_argument('--resume', action='store_true', help='go on from what an earlier run left in the work dir')
+    parser.add_argument('--seed', type=int, help="seed of calibration images and boxes, default the recipe's")
+    parser.add_argument('--dry-run', action='store_true', help='print what would be done, with estimates, and stop')
+    parser.add_argument('--load', type=Path, metavar='DIR', help='evaluate this packed checkpoint, do not calibrate')
+    parser.add_argument('--show-dir', type=Path, help='draw ground truth, FP and quantized masks (implies --eval-fp)')
+    parser.add_argument('--wandb', metavar='PROJECT', help='report to Weights & Biases, offline unless WANDB_MODE is set')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
+    parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error('--limit must be at least 1')
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line asks for.
+
+    Args:
+        args: from `parse_args`.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        PTQSAMError: anything that the user can cause or cure.
+    """
+    overrides = dict(args.quant_options)
+    if args.seed is not None:
+        overrides['calibration.seed'] = args.seed
+    recipe = load_quant_config(args.quant_config, overrides)
+    config = load_model_config(args.model_config, args.cfg_options)
+    if args.dry_run:
+        from ptqsam.solver.dry_run import describe_run
+
+        print(describe_run(config, recipe, args.limit))
+        return 0
+    work_dir = args.work_dir or Path('work_dirs') / Path(args.model_config).stem / recipe_name(args.quant_config)
+    check_writable(work_dir)
+    runner = build_runner(config, recipe, args, work_dir)
+    runner.test()
+    if is_main_process():
+        show_result(runner.test_loop.result)
+    return 0
+
+
+def one_line(error: PTQSAMError) -> str:
+    """Message of an error; torch wraps one from a data loader's worker process into a traceback."""
+    return str(error).strip().split('\n')[-1].split(f'{type(error).__name__}: ')[-1]
+
+
+def load_model_config(path: str, overrides: dict[str, Any]) -> Config:
+    """Read a model config, `.py` or `.yaml`, and apply `--cfg-options`.
+
+    Args:
+        path: config file.
+        overrides: dotted keys to values; every key must exist, so that a typo is not ignored.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: missing, not readable, lacks a part, or an override names no key.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f'{path}: no such model config; they lie in configs/<detector>/')
+    try:
+        config = Config.fromfile(path)
+    except (OSError, SyntaxError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f'{path}: cannot read this config ({" ".join(str(error).split())})') from None
+    for key in overrides:
+        check_key(config, key)
+    config.merge_from_dict(overrides)
+    missing = [key for key in ('model', 'test_dataloader', 'test_evaluator', 'calib_dataset') if key not in config]
+    if missing:
+        raise ConfigError(f"{path}: lacks '{missing[0]}'; see configs/demo/demo.py for a complete pipeline")
+    return config
+
+
+def check_key(config: Any, dotted: str) -> None:
+    """Refuse a dotted key that is not in a config.
+
+    Raises:
+        ConfigError: with the closest key at that place.
+    """
+    node = config
+    for part in dotted.split('.'):
+        if isinstance(node, list | tuple) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+            continue
+        known = list(node) if hasattr(node, 'keys') else []
+        if part not in known:
+            close = difflib.get_close_matches(part, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f'known here: {", ".join(map(str, known)) or "nothing"}'
+            raise ConfigError(f"--cfg-options: no key '{dotted}' in the model config, '{part}' is unknown ({hint})")
+        node = node[part]
+
+
+def recipe_name(path: str) -> str:
+    """Name of a recipe in folder names: exp/mse/w4a4.yaml -> mse_w4a4."""
+    return f'{Path(path).parent.name}_{Path(path).stem}'
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a work dir that cannot be written, before any work is done.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f'--work-dir {folder}: cannot write there ({error.strerror}); choose another') from None
+
+
+class QuantRunner(Runner):
+    """mmengine's Runner whose console shows progress and results; its long log goes to the log file."""
+
+    def build_logger(self, log_level: int | str = 'INFO', log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        """Build the logger; environment and config, logged next, are for the file."""
+        logger = super().build_logger(log_level, log_file, **kwargs)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel('WARNING')
+        return logger
+
+
+def build_runner(config: Config, recipe: QuantConfig, args: argparse.Namespace, work_dir: Path) -> Runner:
+    """One checked Runner config from the model config, the recipe and the command line; built.
+
+    Args:
+        config: model config.
+        recipe: checked recipe.
+        args: command line.
+        work_dir: where results go.
+
+    Returns:
+        A runner whose test loop is `PTQLoop`.
+    """
+    seed = recipe.calibration.seed
+    options = RunOptions(
+        model=Path(args.model_config).stem,
+        quant=recipe_name(args.quant_config),
+        seed=seed,
+        eval_fp=args.eval_fp or args.show_dir is not None,
+        resume=args.resume,
+        load=args.load and str(args.load),
+        show_dir=args.show_dir and str(args.show_dir),
+        cache_dir=os.environ.get('PTQSAM_CACHE', 'work_dirs/cache'),
+    )
+    config.test_cfg = dict(
+        type='PTQLoop', recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)
+    )
+    if args.limit is not None:
+        config.test_dataloader.dataset.indices = args.limit
+    if args.wandb:
+        config.setdefault('custom_hooks', []).append(dict(type='ptqsam.WandbReport', project=args.wandb))
+    config.work_dir, config.launcher = str(work_dir), args.launcher
+    config.randomness = dict(seed=seed)
+    # experiment_name keys mmengine's global logger; two runs in one process must not share it
+    config.experiment_name = f'{options.model}_{options.quant}_{time.time_ns()}'
+    return QuantRunner.from_cfg(config)
+
+
+def show_result(result: dict[str, Any]) -> None:
+    """Print the result table, where the artefacts lie, and the JSON object as the last line."""
+    print()
+    print(result_table(result))
+    print(f'\n{result["images"]} images; {result["work_dir"]}: result.json, summary.csv, sqnr.png, packed/')
+    print(json.dumps(result))

@@ -1,0 +1,189 @@
+"""The recipe: a typed schema of the quant YAML. A misspelt key is an error that names the key that was meant."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mmengine.config import Config
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ptqsam.errors import ConfigError
+
+
+class Schema(BaseModel):
+    """Base of all schema classes: no unknown keys, no silent type conversions."""
+
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
+
+
+class Part(BaseModel):
+    """Something built from a registry: ``{type: MSE, exponent: 2.4}``. The constructor checks the arguments."""
+
+    model_config = ConfigDict(extra='allow', strict=True, frozen=True)
+
+    type: str
+
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments for the constructor, without ``type``."""
+        return dict(self.model_extra or {})
+
+
+class Bits(Schema):
+    """Bit widths that quantizers have unless a rule says otherwise."""
+
+    weight: int = Field(ge=2, le=8)
+    act: int = Field(ge=2, le=8)
+
+
+class Rule(Schema):
+    """Settings for the quantizers that ``match`` names. Of several matching rules the later one wins, field by field.
+
+    Attributes:
+        match: glob over quantizer paths (``image_encoder.*.softmax``) or, after ``role:``, over roles
+            (``role:mlp.lin2.input``). ``*`` also matches dots.
+        enabled: whether the place is quantized at all.
+        bits: bit width in place of ``bits.weight`` or ``bits.act``.
+        quantizer: quantizer to build, default ``{type: Uniform}``.
+        observer: observer in place of ``calibration.observer``.
+    """
+
+    match: str
+    enabled: bool | None = None
+    bits: int | None = Field(default=None, ge=2, le=8)
+    quantizer: Part | None = None
+    observer: Part | None = None
+
+
+class Observers(Schema):
+    """Observers for weights and for activations."""
+
+    weight: Part = Part(type='MinMax')
+    act: Part = Part(type='AvgMinMax')
+
+
+class Calibration(Schema):
+    """What the observers see.
+
+    Attributes:
+        num_images: images drawn at random from the train split (papers: 32).
+        max_boxes: at most this many prompt boxes per image, drawn at random; bounds memory.
+        seed: seed of both draws.
+        observer: observers to use.
+    """
+
+    num_images: int = Field(default=32, ge=1)
+    max_boxes: int = Field(default=16, ge=1)
+    seed: int = 0
+    observer: Observers = Observers()
+
+
+class Compat(Schema):
+    """Switches that reproduce defects of published code. None of the methods so far has one."""
+
+
+class QuantConfig(Schema):
+    """A recipe.
+
+    Attributes:
+        algorithm: name for reports; behaviour comes from the parts below.
+        bits: default bit widths.
+        rules: ordered, later wins; applied after the built-in exclusions (ptqsam/solver/rules.py).
+        hooks: solver hooks (published ideas), in order.
+        calibration: images and observers.
+        compat: switches that reproduce published defects.
+    """
+
+    algorithm: str
+    bits: Bits
+    rules: tuple[Rule, ...] = Field(default=(), strict=False)
+    hooks: tuple[Part, ...] = Field(default=(), strict=False)
+    calibration: Calibration = Calibration()
+    compat: Compat = Compat()
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as plain dicts and lists, for manifests and fingerprints."""
+        return self.model_dump(mode='json', exclude_none=True)
+
+
+def load_quant_config(path: str | Path, overrides: dict[str, Any] | None = None) -> QuantConfig:
+    """Read a recipe with its ``_base_`` files and check it.
+
+    Args:
+        path: YAML file.
+        overrides: dotted keys to values, as ``--quant-options`` gives them; checked under the same schema.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        ConfigError: file missing, not YAML, unknown key, wrong type, value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f'{path}: no such recipe; recipes lie in exp/<algorithm>/<bits>.yaml')
+    try:
+        config = Config.fromfile(path)
+    except yaml.YAMLError as error:
+        reason = ' '.join(str(error).split())
+        raise ConfigError(f'{path}: not valid YAML ({reason})') from None
+    except FileNotFoundError as error:
+        raise ConfigError(f'{path}: _base_ not found ({error})') from None
+    except AttributeError:
+        raise ConfigError(f'{path}: a recipe is a mapping of keys to values; see exp/minmax/w8a8.yaml') from None
+    where = str(path)
+    if overrides:
+        try:
+            config.merge_from_dict(overrides)
+        except (TypeError, KeyError, IndexError) as error:
+            raise ConfigError(f'--quant-options: cannot apply {overrides} to {path} ({error})') from None
+        where += ' with --quant-options'
+    return parse_quant_config(config.to_dict(), where)
+
+
+def parse_quant_config(raw: dict[str, Any], where: str) -> QuantConfig:
+    """Check a recipe given as plain dicts.
+
+    Args:
+        raw: content of the YAML.
+        where: named in error messages.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range.
+    """
+    try:
+        return QuantConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f'{where}: {_explain(error)}') from None
+
+
+def _explain(error: ValidationError) -> str:
+    """First problem of a ValidationError in one line; unknown keys first, they often cause the others."""
+    problems = sorted(error.errors(), key=lambda p: p['type'] != 'extra_forbidden')
+    problem = problems[0]
+    key = '.'.join(str(part) for part in problem['loc'])
+    if problem['type'] == 'extra_forbidden':
+        known = _known_keys(problem['loc'][:-1])
+        close = difflib.get_close_matches(str(problem['loc'][-1]), known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f'known keys: {", ".join(known) or "none"}'
+        return f"unknown key '{key}' ({hint})"
+    if problem['type'] == 'missing':
+        return f"key '{key}' is missing"
+    message = problem['msg'][0].lower() + problem['msg'][1:]
+    return f"key '{key}': {message}, got {problem['input']!r}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the schema class at a place of the recipe."""
+    schema: Any = QuantConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = schema.model_fields[part].annotation
+        # tuple[Rule, ...] and Rule | None hold the class among their arguments
+        candidates = [annotation, *getattr(annotation, '__args__', ())]
+        schema = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(schema.model_fields)

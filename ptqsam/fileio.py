@@ -1,0 +1,76 @@
+"""Files that are either complete or absent, and names that change with their content."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ptqsam.errors import ConfigError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; rename it to ``path`` on success, remove it on failure.
+
+    Args:
+        path: final name; missing parent folders are made.
+
+    Yields:
+        Path to write to, in the same folder (so that the rename is atomic) and with the same suffix.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.', suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise ConfigError(
+            f"{path.parent}: cannot write here ({error.strerror}); choose another folder, for example with --work-dir"
+        ) from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; give the usual permissions before the name becomes visible
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file atomically, UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding='utf-8')
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=indent) + '\n')
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content as 64 hex digits."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Short name of a JSON-like value: equal values give equal names.
+
+    Args:
+        value: nested dicts, lists and scalars; anything else counts by its ``str``.
+
+    Returns:
+        16 hex digits of the SHA-256 of the canonical JSON text.
+    """
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,158 @@
+"""Operators with a weight: input quantizer, then the operator with a quantized weight. Methods.md 1.3."""
+
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptqsam.modules.base import Build, PassThrough, QuantModule
+from ptqsam.quantizers import Quantizer
+from ptqsam.registry import QUANT_MODULES
+
+
+class QuantOp(QuantModule):
+    """An operator with a quantized input and a quantized weight.
+
+    Args:
+        module: the float operator; weight and bias are shared with it.
+        input_quantizer: quantizes the input.
+        weight_quantizer: quantizes the weight, per output channel.
+
+    Attributes:
+        frozen: the weight itself lies on its integer grid, so the weight quantizer need not run any more.
+    """
+
+    default_role: str
+    weight_ch_axis = 0
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input_quantizer: Quantizer | PassThrough,
+        weight_quantizer: Quantizer | PassThrough,
+    ) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, module.weight)
+        self.bias = cast(nn.Parameter | None, module.bias)
+        self.input_quantizer = input_quantizer
+        self.weight_quantizer = weight_quantizer
+        self.frozen = False
+
+    @classmethod
+    def from_float(cls, module: nn.Module, build: Build) -> Self:
+        """Replace the operator; roles are `<role>.input` and `<role>.weight`."""
+        role = build.role or cls.default_role
+        return cls(
+            module,
+            build('input', f'{role}.input'),
+            build('weight', f'{role}.weight', kind='weight', ch_axis=cls.weight_ch_axis),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the operator to the quantized input with the quantized weight."""
+        return self.operator(self.input_quantizer(x), self.used_weight())
+
+    def used_weight(self) -> Tensor:
+        """The weight that the operator computes with."""
+        return self.weight if self.frozen else self.weight_quantizer(self.weight)
+
+    def operator(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The float operator as a function of input and weight."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Replace the weight by its quantized values."""
+        # a new Parameter: the float model, which shares the old one, keeps its weight
+        self.weight = nn.Parameter(self.used_weight().detach().clone(), requires_grad=False)
+        self.frozen = True
+
+
+@QUANT_MODULES.register_module(name='torch.nn.modules.linear.Linear')
+class QuantLinear(QuantOp):
+    """Quantized `nn.Linear`."""
+
+    default_role = 'linear'
+
+    def operator(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Matrix product."""
+        return F.linear(x, weight, self.bias)
+
+
+@QUANT_MODULES.register_module(name='torch.nn.modules.conv.Conv2d')
+class QuantConv2d(QuantOp):
+    """Quantized `nn.Conv2d`.
+
+    Batch norm that follows stays as it is: it scales whole output channels, and so does a per-channel weight scale,
+    hence folding it before or after quantization gives the same weights.
+    """
+
+    default_role = 'conv'
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input_quantizer: Quantizer | PassThrough,
+        weight_quantizer: Quantizer | PassThrough,
+    ) -> None:
+        super().__init__(module, input_quantizer, weight_quantizer)
+        conv = cast(nn.Conv2d, module)
+        self.padding_mode = conv.padding_mode
+        self.padding = conv.padding
+        self.all_sides_padding = conv._reversed_padding_repeated_twice
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+
+    def operator(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolution with the float module's geometry."""
+        padding = self.padding
+        if self.padding_mode != 'zeros':
+            x, padding = F.pad(x, self.all_sides_padding, mode=self.padding_mode), (0, 0)
+        return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+@QUANT_MODULES.register_module(name='torch.nn.modules.conv.ConvTranspose2d')
+class QuantConvTranspose2d(QuantOp):
+    """Quantized `nn.ConvTranspose2d`; the output channels lie on axis 1 of its weight."""
+
+    default_role = 'conv_transpose'
+    weight_ch_axis = 1
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input_quantizer: Quantizer | PassThrough,
+        weight_quantizer: Quantizer | PassThrough,
+    ) -> None:
+        super().__init__(module, input_quantizer, weight_quantizer)
+        conv = cast(nn.ConvTranspose2d, module)
+        self.geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+
+    def operator(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Transposed convolution with the float module's geometry."""
+        return F.conv_transpose2d(x, weight, self.bias, *self.geometry)
+
+
+@QUANT_MODULES.register_module(name='torch.nn.modules.normalization.LayerNorm')
+@QUANT_MODULES.register_module(name='segment_anything.modeling.common.LayerNorm2d')
+class QuantNorm(QuantModule):
+    """A normalisation with a quantized input; excluded unless a rule says otherwise.
+
+    Args:
+        norm: the float normalisation, which does the arithmetic.
+        input_quantizer: quantizes the input.
+    """
+
+    def __init__(self, norm: nn.Module, input_quantizer: Quantizer | PassThrough) -> None:
+        super().__init__()
+        self.norm = norm
+        self.input_quantizer = input_quantizer
+
+    @classmethod
+    def from_float(cls, module: nn.Module, build: Build) -> Self:
+        """Wrap the normalisation; the role is `norm.input`."""
+        return cls(module, build('input', 'norm.input'))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the quantized input."""
+        return self.norm(self.input_quantizer(x))

@@ -1,0 +1,111 @@
+"""A small weighted sample that stands for a large activation tensor.
+
+A SAM encoder attention map has 2e8 values, and a range search looks at every value a hundred times. What decides a
+range are the tails, so they are kept densely: the outermost values exactly, the next ones every draw, the bulk thinned.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptqsam.functional import dense_view
+
+# tensors up to this size are kept whole
+WHOLE = 1 << 14
+# outermost values kept exactly, on each side
+TAIL = 256
+# values drawn at random from the tensor
+DRAWS = 1 << 16
+# smallest and largest draws that are all kept; of the sorted rest, every STRIDE-th one is
+EDGE = 512
+STRIDE = 16
+# the outermost values lie in the blocks with the outermost extremes, so only those blocks are searched
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Values that stand for a tensor.
+
+    Attributes:
+        values: (rows, P) float32.
+        numel: values of a row of the tensor; equal to P when it was kept whole.
+    """
+
+    values: Tensor
+    numel: int
+
+    def to(self, device: torch.device) -> 'Sample':
+        """The same on another device."""
+        return Sample(self.values.to(device), self.numel)
+
+    def weights(self) -> Tensor | None:
+        """How many values of the tensor each column stands for, (P,) float32; None: one each."""
+        size = self.values.shape[1]
+        if size == self.numel:
+            return None
+        per_draw = self.numel / DRAWS
+        weights = torch.full((size,), per_draw * STRIDE)
+        weights[:TAIL] = weights[-TAIL:] = 1.0
+        weights[TAIL : TAIL + EDGE] = weights[-TAIL - EDGE : -TAIL] = per_draw
+        return weights.to(self.values.device)
+
+
+def keep_whole(rows: Tensor) -> Sample:
+    """Sample with every value.
+
+    Args:
+        rows: (rows, n), copied.
+    """
+    return Sample(rows.to(torch.float32, copy=True), rows.shape[1])
+
+
+def draw_sample(x: Tensor, seed: int) -> tuple[Sample, Tensor, Tensor]:
+    """Draw the sample of a tensor; its shape depends on the tensor's shape only, and no value is read on the host.
+
+    Args:
+        x: any shape and layout.
+        seed: seed of the draw.
+
+    Returns:
+        The sample with one row, and the exact smallest and largest value, 0-dim, in the dtype of ``x``.
+    """
+    flat = dense_view(x)
+    if flat is None:
+        flat = x.reshape(-1)
+    if flat.numel() <= WHOLE:
+        lo, hi = torch.aminmax(flat)
+        return keep_whole(flat.unsqueeze(0)), lo, hi
+    low, high, lo, hi = _outermost(flat)
+    drawn = flat[_positions(flat.numel(), seed).to(flat.device)]
+    # the tails are kept exactly, so draws from them must not count again; zero is free of error at any scale
+    drawn = drawn.masked_fill((drawn < low[-1]) | (drawn > high[-1]), 0).sort().values
+    bulk = drawn[EDGE + STRIDE // 2 : -EDGE : STRIDE]
+    values = torch.cat([low, drawn[:EDGE], bulk, drawn[-EDGE:], high]).float().unsqueeze(0)
+    return Sample(values, flat.numel()), lo, hi
+
+
+def _positions(numel: int, seed: int) -> Tensor:
+    """One random position in each of DRAWS equal parts of a tensor, int64, in ascending order."""
+    generator = torch.Generator().manual_seed(seed)
+    # float64: float32 cannot address 2e8 positions
+    offset = torch.rand(DRAWS, generator=generator, dtype=torch.float64)
+    return (offset.add_(torch.arange(DRAWS)) * (numel / DRAWS)).long().clamp_(max=numel - 1)
+
+
+def _outermost(flat: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The TAIL smallest and the TAIL largest values, outermost first, then the exact minimum and maximum.
+
+    The TAIL largest values lie in the TAIL blocks with the largest maxima: two passes that only compare, where a
+    top-k of the whole would move every value around.
+    """
+    blocks = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)
+    rest = flat[blocks.numel() :]
+    minima, maxima = blocks.amin(1), blocks.amax(1)
+    count = min(TAIL, blocks.shape[0])
+    lowest = blocks[minima.topk(count, largest=False).indices].flatten()
+    highest = blocks[maxima.topk(count).indices].flatten()
+    low = torch.cat([lowest, rest]).topk(TAIL, largest=False).values
+    high = torch.cat([highest, rest]).topk(TAIL).values
+    return low, high, torch.cat([minima, rest]).amin(), torch.cat([maxima, rest]).amax()

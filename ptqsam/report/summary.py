@@ -1,0 +1,90 @@
+"""Tables: the result of a run, its quantizers (CSV), and which rule won where (dry run)."""
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ptqsam.evaluation.quantization_error import QuantizationError
+from ptqsam.fileio import write_text
+from ptqsam.solver.rules import Choice, RuleBook
+
+COLUMNS = ('path', 'role', 'kind', 'quantizer', 'bits', 'observer', 'rule', 'sqnr_db', 'cosine')
+
+
+def write_summary(path: Path, choices: list[Choice], errors: dict[str, QuantizationError]) -> None:
+    """Write one CSV row per quantizer.
+
+    Args:
+        path: CSV file, written atomically.
+        choices: what the rules decided.
+        errors: quantizer path -> error; a quantizer without one gets empty cells.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator='\n')
+    table.writerow(COLUMNS)
+    for choice in choices:
+        point = choice.point
+        error = errors.get(point.path)
+        numbers = (f'{error.sqnr:.2f}', f'{error.cosine:.6f}') if error else ('', '')
+        kinds = (choice.quantizer.type, choice.bits, choice.observer.type, choice.rule)
+        table.writerow((point.path, point.role, point.kind, *kinds, *numbers))
+    write_text(path, text.getvalue())
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """Result of a run as a text table for people.
+
+    Args:
+        result: content of `result.json`.
+
+    Returns:
+        One row for the float model (if evaluated) and one for the quantized model.
+    """
+    metrics = result['metrics']
+    names = list(metrics['quant'])
+    bits = result['bits']
+    rows = [('', *names, 'MB')]
+    if metrics['fp'] is not None:
+        rows.append(('FP32', *(f'{metrics["fp"][name]:.4f}' for name in names), f'{result["size_mb"]["fp"]:.1f}'))
+    label = f'{result["algorithm"]} W{bits["weight"]}A{bits["act"]}'
+    rows.append((label, *(f'{metrics["quant"][name]:.4f}' for name in names), f'{result["size_mb"]["packed"]:.1f}'))
+    return align(rows)
+
+
+def rule_table(rules: RuleBook) -> str:
+    """What the rules decided, grouped by role, and how many points each rule matched.
+
+    Args:
+        rules: rules after all points were decided.
+
+    Returns:
+        A text table.
+    """
+    groups = Counter(
+        (c.point.role, f'{c.quantizer.type} {c.bits} bit, {c.observer.type}' if c.enabled else 'float', c.rule)
+        for c in rules.choices
+    )
+    rows = [('role', 'quantizer', 'count', 'decided by')]
+    rows += [(role, what, str(count), rule) for (role, what, rule), count in groups.items()]
+    lines = [align(rows), f'{len(rules.enabled)} of {len(rules.choices)} points are quantized']
+    lines += [f'{name}: matches {count}' for name, count in rules.counts()]
+    return '\n'.join(lines)
+
+
+def align(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as text; the first column is left-aligned, numbers are right-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [all(_is_number(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(w) if number else cell.ljust(w) for cell, w, number in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append('  '.join(cells).rstrip())
+    return '\n'.join(lines)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace('.', '', 1).replace('-', '', 1).isdigit()

@@ -1,0 +1,319 @@
+"""The loop: prepare -> calibrate -> freeze -> evaluate -> report. A test loop of mmengine's Runner."""
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS, LOOPS
+from mmengine.runner import Runner, TestLoop
+
+from ptqsam import __version__
+from ptqsam.checkpoint import MANIFEST, float_bytes, load_packed, read_manifest, save_packed, structure
+from ptqsam.config import parse_quant_config
+from ptqsam.errors import AssetError, ConfigError
+from ptqsam.evaluation import QuantizationError, measure_quantization_error
+from ptqsam.fileio import fingerprint, sha256_file, write_json
+from ptqsam.progress import progress
+from ptqsam.registry import SOLVER_HOOKS
+from ptqsam.report import Gallery, write_summary
+from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, check_no_overlap, draw_images
+from ptqsam.solver.freeze import check_gate, freeze
+from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.rules import RuleBook
+
+# images on which the error of the activation quantizers is measured
+ERROR_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line asks for beside the model and the recipe.
+
+    Attributes:
+        model: name of the model config, for reports.
+        quant: name of the recipe, for reports.
+        seed: reported with the results.
+        eval_fp: evaluate the floating-point model as well.
+        resume: go on from what an earlier run left in the work dir.
+        load: folder of a packed checkpoint to evaluate, in place of calibrating.
+        show_dir: folder for mask pictures.
+        cache_dir: folder for detector boxes.
+    """
+
+    model: str
+    quant: str
+    seed: int
+    eval_fp: bool = False
+    resume: bool = False
+    load: str | None = None
+    show_dir: str | None = None
+    cache_dir: str = 'work_dirs/cache'
+
+
+@LOOPS.register_module()
+class PTQLoop(TestLoop):
+    """Quantize the SAM of a detector-prompted model and evaluate it.
+
+    At each stage the runner's hooks are called: `before_<stage>` and `after_<stage>` for prepare, calibrate, freeze,
+    evaluate and report. Between `after_freeze` and evaluation stands the gate.
+
+    Args:
+        runner: mmengine runner; its model has a child `sam` and a method `attach_boxes`.
+        dataloader: evaluated images.
+        evaluator: metrics.
+        recipe: quant config as plain dicts.
+        calib_dataset: config of the dataset that calibration images are drawn from.
+        options: fields of `RunOptions`.
+
+    Attributes:
+        result: content of `result.json`, after `run`.
+        errors: quantizer path -> quantization error, after calibration.
+        rules: rules and what they decided.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: Any,
+        evaluator: Evaluator | dict | list,
+        recipe: dict[str, Any],
+        calib_dataset: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__(runner, dataloader, evaluator)
+        self.recipe = parse_quant_config(recipe, 'test_cfg.recipe')
+        self.options = RunOptions(**options)
+        self.calib_dataset = calib_dataset
+        self.rules = RuleBook(self.recipe)
+        self.errors: dict[str, QuantizationError] = {}
+        self.seconds: dict[str, float] = {}
+        self.metrics: dict[str, dict[str, float] | None] = dict(fp=None, quant=None)
+        self.size_mb: dict[str, float] = {}
+        self.result: dict[str, Any] = {}
+        show_dir = self.options.show_dir
+        self.gallery = Gallery(Path(show_dir), self.dataloader.dataset) if show_dir else None
+        for part in self.recipe.hooks:
+            runner.register_hook(SOLVER_HOOKS.build(dict(type=part.type, **part.kwargs())))
+
+    @property
+    def work_dir(self) -> Path:
+        """Where results go."""
+        return Path(self.runner.work_dir)
+
+    @property
+    def model(self) -> Any:
+        """The detector-prompted SAM, without a distributed wrapper."""
+        model = self.runner.model
+        return getattr(model, 'module', model)
+
+    @property
+    def target(self) -> torch.nn.Module:
+        """The part of the model that is quantized."""
+        return self.model.sam
+
+    def run(self) -> dict[str, Any]:
+        """Run all stages.
+
+        Returns:
+            Metrics of the quantized model.
+        """
+        self.model.eval()
+        with self.stage('prepare'):
+            origin, ready = self.prepare()
+        if ready is None:
+            with self.stage('calibrate'):
+                self.calibrate()
+            with self.stage('freeze'):
+                self.errors |= freeze(self.target)
+        # after the hooks of `after_freeze`: what the gate sees is what is evaluated
+        check_gate(self.target, self.rules.enabled)
+        if ready is None:
+            self.pack(origin)
+        with self.stage('evaluate'):
+            self.metrics['quant'] = self.evaluate('quant')
+        with self.stage('report'):
+            self.report()
+        return self.metrics['quant']
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Call the hooks around a stage and take its time."""
+        self.runner.call_hook(f'before_{name}')
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.runner.call_hook(f'after_{name}')
+
+    def prepare(self) -> tuple[dict[str, Any], Path | None]:
+        """Load weights, attach prompt boxes, evaluate the float model if asked, and put the quantizers in.
+
+        Returns:
+            What the result depends on, and the folder of the packed checkpoint if there is one to go on from.
+        """
+        options = self.options
+        if options.load is None or options.eval_fp:
+            self.model.init_weights()
+        self.calib_loader = self.build_calib_loader()
+        self.model.attach_boxes(self.dataloader.dataset, Path(options.cache_dir))
+        origin = self.origin()
+        ready = Path(options.load) if options.load else self.find_resumable(origin)
+        if options.eval_fp:
+            self.metrics['fp'] = self.evaluate_float(origin)
+        self.float_structure = structure(self.target)
+        self.size_mb['fp'] = megabytes(float_bytes(self.target))
+        if ready is None:
+            self.model.attach_boxes(self.calib_loader.dataset, Path(options.cache_dir))
+            quantize_model(self.target, self.rules)
+        else:
+            manifest, self.rules = load_packed(ready, self.target)
+            if manifest['recipe'] != self.recipe.plain():
+                raise AssetError(
+                    f"{ready}: made with another recipe ('{manifest['recipe']['algorithm']}', bits "
+                    f'{manifest["recipe"]["bits"]}) than {options.quant}; name the recipe it was made with'
+                )
+            self.errors = {path: QuantizationError(**error) for path, error in manifest['errors'].items()}
+            self.size_mb['packed'] = megabytes(sum(file.stat().st_size for file in ready.iterdir()))
+        return origin, ready
+
+    def build_calib_loader(self) -> Any:
+        """Loader of the drawn calibration images, one per batch."""
+        calibration = self.recipe.calibration
+        dataset = DATASETS.build(self.calib_dataset)
+        dataset.full_init()
+        indices = draw_images(len(dataset), calibration.num_images, calibration.seed)
+        dataset.get_subset_(indices)
+        check_no_overlap(image_names(dataset), image_names(self.dataloader.dataset))
+        loader = dict(
+            dataset=dataset,
+            batch_size=1,
+            num_workers=self.dataloader.num_workers,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=dict(type='pseudo_collate'),
+        )
+        return Runner.build_dataloader(loader)
+
+    def origin(self) -> dict[str, Any]:
+        """What a quantized model depends on; a resumed run must agree in all of it."""
+        checkpoint = self.model.sam_checkpoint
+        return dict(
+            ptqsam=__version__,
+            sam=fingerprint(self.model.sam_config),
+            checkpoint=sha256_file(checkpoint) if checkpoint and Path(checkpoint).is_file() else None,
+            recipe=fingerprint(self.recipe.plain()),
+            prompts=fingerprint(self.model.prompt_config),
+            calibration_images=fingerprint(image_names(self.calib_loader.dataset)),
+            images=fingerprint(image_names(self.dataloader.dataset)),
+        )
+
+    def find_resumable(self, origin: dict[str, Any]) -> Path | None:
+        """The packed checkpoint that an earlier run left, if resuming was asked for and there is one.
+
+        Raises:
+            ConfigError: it was made under other conditions.
+        """
+        packed = self.work_dir / 'packed'
+        if not self.options.resume or not (packed / MANIFEST).is_file():
+            return None
+        earlier = read_manifest(packed)['origin']
+        if differing := [key for key in origin if key != 'images' and earlier.get(key) != origin[key]]:
+            raise ConfigError(
+                f'--resume: {packed} differs from this run in {", ".join(differing)}; '
+                'run without --resume or with another --work-dir'
+            )
+        self.runner.logger.info(f'resume: calibrated model from {packed}')
+        return packed
+
+    def calibrate(self) -> None:
+        """Set the parameters of all quantizers."""
+        calibration = self.recipe.calibration
+        calibrate_activations(self.model, self.target, self.calib_loader, calibration.max_boxes, calibration.seed)
+        calibrate_weights(self.target)
+
+    def pack(self, origin: dict[str, Any]) -> None:
+        """Measure the error of the activation quantizers and write the packed checkpoint."""
+        batches = islice(self.calib_loader, ERROR_IMAGES)
+        self.errors |= measure_quantization_error(self.model, self.target, batches)
+        if is_main_process():
+            errors = {path: asdict(error) for path, error in self.errors.items()}
+            size = save_packed(
+                self.work_dir / 'packed', self.target, self.float_structure, self.recipe.plain(), origin, errors
+            )
+            self.size_mb['packed'] = megabytes(size)
+
+    def evaluate_float(self, origin: dict[str, Any]) -> dict[str, float]:
+        """Metrics of the float model; taken from an earlier run when resuming, unless pictures are wanted."""
+        path = self.work_dir / 'fp.json'
+        conditions = {key: origin[key] for key in ('sam', 'checkpoint', 'prompts', 'images')}
+        if self.options.resume and self.gallery is None and path.is_file():
+            earlier = json.loads(path.read_text(encoding='utf-8'))
+            if earlier['conditions'] == conditions:
+                return earlier['metrics']
+        metrics = self.evaluate('fp')
+        if is_main_process():
+            write_json(path, dict(conditions=conditions, metrics=metrics))
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self, what: str) -> dict[str, float]:
+        """Metrics of the model as it is now.
+
+        Args:
+            what: 'fp' or 'quant', for the progress bar and the pictures.
+
+        Returns:
+            Metric name without its prefix -> value.
+        """
+        for batch in progress(self.dataloader, f'evaluate {what}', 'image'):
+            outputs = self.runner.model.test_step(batch)
+            if self.gallery is not None:
+                self.gallery.add(what, outputs)
+            self.evaluator.process(data_samples=outputs, data_batch=batch)
+        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+        return {key.split('/')[-1]: float(value) for key, value in metrics.items()}
+
+    def report(self) -> None:
+        """Write `result.json` and `summary.csv`."""
+        options = self.options
+        self.result = dict(
+            model=options.model,
+            quant=options.quant,
+            algorithm=self.recipe.algorithm,
+            bits=self.recipe.bits.model_dump(),
+            metrics=self.metrics,
+            size_mb=self.size_mb,
+            seconds=self.seconds,
+            peak_memory_mb=peak_memory_mb(),
+            compat=[name for name, on in self.recipe.compat.model_dump().items() if on],
+            seed=options.seed,
+            images=len(self.dataloader.dataset),
+            work_dir=str(self.work_dir),
+        )
+        if is_main_process():
+            write_json(self.work_dir / 'result.json', self.result)
+            write_summary(self.work_dir / 'summary.csv', self.rules.enabled, self.errors)
+
+
+def image_names(dataset: Any) -> list[str]:
+    """File names of a dataset's images, in order; COCO's are unique over its splits."""
+    return [Path(dataset.get_data_info(index)['img_path']).name for index in range(len(dataset))]
+
+
+def megabytes(size: int) -> float:
+    """Bytes as MB (10^6), three decimals."""
+    return round(size / 1e6, 3)
+
+
+def peak_memory_mb() -> float:
+    """Largest memory use so far: of the GPU if there is one, else of the process; MB."""
+    if torch.cuda.is_available():
+        return megabytes(torch.cuda.max_memory_allocated())
+    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

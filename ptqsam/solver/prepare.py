@@ -1,0 +1,127 @@
+"""Stage `prepare`: swap float modules for quant modules, as the rules say."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ptqsam.errors import ConfigError
+from ptqsam.modules import PassThrough, QuantModule, QuantOp, child_role
+from ptqsam.modules.base import qualified_name
+from ptqsam.quantizers import Quantizer
+from ptqsam.registry import QUANT_MODULES, QUANTIZERS
+from ptqsam.solver.rules import Choice, Point, RuleBook
+
+
+class Builder:
+    """Makes the quantizers of one module and converts its children; implements `ptqsam.modules.Build`.
+
+    Args:
+        rules: decides every point.
+        path: path of the module being converted.
+        role: role that its parent declares for it, or ''.
+    """
+
+    def __init__(self, rules: RuleBook, path: str, role: str = '') -> None:
+        self.rules = rules
+        self.path = path
+        self.role = role
+
+    def __call__(self, name: str, role: str, kind: str = 'act', ch_axis: int | None = None) -> Quantizer | PassThrough:
+        """Make the quantizer of a point, or a pass-through where the rules leave it out."""
+        point = Point(_join(self.path, name), role, kind, ch_axis)
+        choice = self.rules.decide(point)
+        return build_quantizer(choice) if choice.enabled else PassThrough()
+
+    def convert(self, module: nn.Module, name: str, role: str = '') -> nn.Module:
+        """Replacement of a child, or the child itself where it has none or nothing in it is quantized."""
+        replacement = QUANT_MODULES.get(qualified_name(module))
+        if replacement is None:
+            swap_children(module, self.rules, _join(self.path, name))
+            return module
+        converted = replacement.from_float(module, Builder(self.rules, _join(self.path, name), role))
+        return converted if any(isinstance(m, Quantizer) for m in converted.modules()) else module
+
+
+def build_quantizer(choice: Choice) -> Quantizer:
+    """Build the quantizer that the rules chose for a point.
+
+    Raises:
+        ConfigError: unknown type, or arguments that its constructor refuses.
+    """
+    args = choice.build_args()
+    try:
+        quantizer = QUANTIZERS.build(args)
+    except (KeyError, TypeError, AssertionError, ValueError) as error:
+        reason = str(error).strip('"\'').split('\n')[0]
+        raise ConfigError(f'{choice.rule}: cannot build {args} for {choice.point.path} ({reason})') from None
+    quantizer.path = choice.point.path
+    return quantizer
+
+
+def swap_children(module: nn.Module, rules: RuleBook, path: str = '') -> None:
+    """Replace all registered modules below ``module``, in place.
+
+    Args:
+        module: root; itself not replaced.
+        rules: decides every point and records the decisions.
+        path: path of ``module``, '' for the model.
+    """
+    for name, child in list(module.named_children()):
+        converted = Builder(rules, path).convert(child, name, child_role(module, name))
+        if converted is not child:
+            setattr(module, name, converted)
+
+
+def quantize_model(model: nn.Module, rules: RuleBook) -> None:
+    """Put quant modules into a model, all quantizers `off`.
+
+    Args:
+        model: a SAM, changed in place; parameters are shared with the modules that are replaced.
+        rules: the recipe's rules; afterwards ``rules.choices`` holds all decisions.
+
+    Raises:
+        ConfigError: a rule matches nothing, or nothing is quantized.
+    """
+    swap_children(model, rules)
+    rules.check()
+    model.requires_grad_(False)
+
+
+def quantizers(model: nn.Module) -> Iterator[Quantizer]:
+    """All quantizers of a model, in module order."""
+    return (module for module in model.modules() if isinstance(module, Quantizer))
+
+
+def quant_ops(model: nn.Module) -> Iterator[tuple[str, QuantOp]]:
+    """Names and operators of a model whose weight is quantized."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantOp) and isinstance(module.weight_quantizer, Quantizer):
+            yield name, module
+
+
+def weight_quantizers(model: nn.Module) -> list[Quantizer]:
+    """Quantizers of weights, in module order."""
+    return [op.weight_quantizer for _, op in quant_ops(model) if isinstance(op.weight_quantizer, Quantizer)]
+
+
+def act_quantizers(model: nn.Module) -> list[Quantizer]:
+    """Quantizers of activations, in module order."""
+    weights = {id(q) for q in weight_quantizers(model)}
+    return [q for q in quantizers(model) if id(q) not in weights]
+
+
+def _join(path: str, name: str) -> str:
+    return f'{path}.{name}' if path else name
+
+
+__all__ = [
+    'Builder',
+    'QuantModule',
+    'act_quantizers',
+    'build_quantizer',
+    'quant_ops',
+    'quantize_model',
+    'quantizers',
+    'swap_children',
+    'weight_quantizers',
+]

@@ -1,0 +1,145 @@
+"""Rules: which quantizer goes where. Ordered globs over paths and roles; the later rule wins, field by field."""
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ptqsam.config import Part, QuantConfig, Rule
+from ptqsam.errors import ConfigError
+
+# The papers leave these in floating point (methods.md 1.3). A recipe's rule with `enabled: true` takes one back in.
+BUILT_IN_RULES = (
+    Rule(match='*', enabled=True),
+    Rule(match='image_encoder.patch_embed.*', enabled=False),
+    Rule(match='prompt_encoder.*', enabled=False),
+    Rule(match='role:norm.*', enabled=False),
+    Rule(match='mask_decoder.output_hypernetworks_mlps.*', enabled=False),
+    Rule(match='mask_decoder.iou_prediction_head.*', enabled=False),
+    Rule(match='mask_decoder.output_upscaling.*', enabled=False),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the model where a quantizer can sit.
+
+    Attributes:
+        path: for example ``image_encoder.blocks.0.attn.qkv.input``.
+        role: what the tensor is, for example ``encoder.attn.qkv.input``; the same in every model of the family.
+        kind: ``weight`` or ``act``.
+        ch_axis: channel axis for per-channel parameters, None for one set per tensor.
+    """
+
+    path: str
+    role: str
+    kind: str
+    ch_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the rules decided for one point.
+
+    Attributes:
+        point: the place.
+        enabled: quantized or left in floating point.
+        bits: bit width.
+        quantizer: quantizer to build.
+        observer: observer to build.
+        rule: the last rule that matched, for the summary.
+    """
+
+    point: Point
+    enabled: bool
+    bits: int
+    quantizer: Part
+    observer: Part
+    rule: str
+
+    def build_args(self) -> dict[str, Any]:
+        """Config dict for the QUANTIZERS registry."""
+        observer = dict(type=self.observer.type, **self.observer.kwargs())
+        args = dict(ch_axis=self.point.ch_axis) | self.quantizer.kwargs()
+        return dict(type=self.quantizer.type, bits=self.bits, observer=observer, **args)
+
+
+def matches(rule: Rule, point: Point) -> bool:
+    """Whether a rule's glob names a point, by path or by ``role:``."""
+    if rule.match.startswith('role:'):
+        return fnmatchcase(point.role, rule.match.removeprefix('role:'))
+    return fnmatchcase(point.path, rule.match)
+
+
+class RuleBook:
+    """The built-in exclusions and a recipe's rules, and a record of what they decided.
+
+    Args:
+        config: the recipe.
+    """
+
+    def __init__(self, config: QuantConfig) -> None:
+        self.config = config
+        self.rules = (*BUILT_IN_RULES, *config.rules)
+        self.choices: list[Choice] = []
+
+    def decide(self, point: Point) -> Choice:
+        """Apply all rules to a point and record the result.
+
+        Args:
+            point: a place that can be quantized.
+
+        Returns:
+            The merged settings of all matching rules.
+        """
+        defaults = self.config.calibration.observer
+        settings: dict[str, Any] = dict(
+            enabled=True,
+            bits=self.config.bits.weight if point.kind == 'weight' else self.config.bits.act,
+            quantizer=Part(type='Uniform'),
+            observer=defaults.weight if point.kind == 'weight' else defaults.act,
+        )
+        winner = ''
+        for index, rule in enumerate(self.rules):
+            if matches(rule, point):
+                settings |= {k: v for k in settings if (v := getattr(rule, k)) is not None}
+                winner = self._name(index)
+        choice = Choice(point=point, rule=winner, **settings)
+        self.choices.append(choice)
+        return choice
+
+    @property
+    def enabled(self) -> list[Choice]:
+        """Decisions that put a quantizer somewhere."""
+        return [choice for choice in self.choices if choice.enabled]
+
+    def counts(self) -> list[tuple[str, int]]:
+        """For each of the recipe's rules, its name and how many points it matches."""
+        first = len(BUILT_IN_RULES)
+        return [
+            (self._name(first + i), sum(matches(rule, choice.point) for choice in self.choices))
+            for i, rule in enumerate(self.config.rules)
+        ]
+
+    def check(self) -> None:
+        """Refuse a rule that matches nothing and a recipe that quantizes nothing.
+
+        Raises:
+            ConfigError: with the nearest path or role.
+        """
+        for (name, count), rule in zip(self.counts(), self.config.rules, strict=True):
+            if count == 0:
+                by_role = rule.match.startswith('role:')
+                known = [f'role:{c.point.role}' if by_role else c.point.path for c in self.choices]
+                near = difflib.get_close_matches(rule.match, known, n=1, cutoff=0.0)
+                hint = f"; nearest: '{near[0]}'" if near else ''
+                raise ConfigError(f'{name} matched none of {len(self.choices)} quantizers{hint}')
+        if not self.enabled:
+            raise ConfigError(
+                f"recipe '{self.config.algorithm}' quantizes nothing: its rules disable all {len(self.choices)} "
+                "quantizers; enable some with `enabled: true`"
+            )
+
+    def _name(self, index: int) -> str:
+        own = index - len(BUILT_IN_RULES) + 1
+        return f"rule {own} '{self.rules[index].match}'" if own >= 1 else f"built-in '{self.rules[index].match}'"

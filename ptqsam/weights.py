@@ -1,0 +1,265 @@
+"""Weights out of files that somebody else made: tensors only, no code, one clear line when something is wrong."""
+
+import os
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ptqsam.download import CHECKPOINTS, checkpoint_root
+from ptqsam.errors import AssetError
+
+_ZIP_START = b'PK\x03\x04'
+_LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # what torch wrote before 1.6
+_LFS_START = b'version https://git-lfs.github.com/spec/'
+_MARKUP = re.compile(rb'\s*<(!doctype|html|\?xml|head|body)', re.IGNORECASE)
+# beginnings of what torch itself allows; only to tell it from the rest in a message
+_TORCH_ALLOWS = ('torch.', 'collections.', '_codecs.', 'builtins.set', 'builtins.bytearray', 'builtins.complex')
+
+
+class _Discarded:
+    """Stands in for the objects of a checkpoint's log and metadata, of which nothing is kept.
+
+    OpenMMLab checkpoints hold training logs (HistoryBuffer over numpy arrays). Letting these inert objects take their
+    place runs neither mmengine's nor numpy's unpickling code, and one list serves numpy 1 and 2.
+    """
+
+    def __new__(cls, *args: object, **kwargs: object) -> '_Discarded':
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _discarded_attribute(owner: object, name: str) -> _Discarded:
+    """``getattr`` as far as a pickled HistoryBuffer needs it, which refers to its own four methods."""
+    if owner is not _Discarded:
+        raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {owner!r}')
+    return _Discarded()
+
+
+_ALLOWED: dict[str, Callable] = {
+    'builtins.getattr': _discarded_attribute,
+    'mmengine.logging.history_buffer.HistoryBuffer': _Discarded,
+    'numpy.dtype': _Discarded,
+    'numpy.ndarray': _Discarded,
+    # numpy 2, numpy 1
+    'numpy._core.multiarray._reconstruct': _Discarded,
+    'numpy._core.multiarray.scalar': _Discarded,
+    'numpy.core.multiarray._reconstruct': _Discarded,
+    'numpy.core.multiarray.scalar': _Discarded,
+}
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the state dict of a checkpoint without running anything that the file contains.
+
+    Args:
+        path: a file written by ``torch.save`` (today's or the format before torch 1.6) or a ``.safetensors`` file. A
+            state dict inside an entry ``state_dict`` or ``model`` is unwrapped; everything around it is dropped.
+
+    Returns:
+        Tensors on the CPU by name, with the module versions (``_metadata``) that the file holds. They may be backed by
+        the file itself, which must not be overwritten in place while they are in use.
+
+    Raises:
+        AssetError: missing, empty, truncated, not a checkpoint, asks for code to be run, or holds no state dict.
+    """
+    path = Path(path)
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(512)
+    except FileNotFoundError:
+        raise AssetError(f'{path}: no such file; {_how_to_get(path)}') from None
+    except OSError as error:
+        raise AssetError(f'{path}: cannot be read ({error.strerror})') from None
+    if not start:
+        raise AssetError(f'{path}: empty file; {_how_to_get(path)}')
+    if start.startswith(_LFS_START):
+        raise AssetError(f'{path}: a Git LFS pointer in place of the file; run `git lfs pull`, or {_how_to_get(path)}')
+    if _MARKUP.match(start):
+        raise AssetError(f'{path}: a web page saved under the name of a checkpoint; {_how_to_get(path)}')
+    # a header length and JSON: the content counts, not the suffix
+    content = _load_safetensors(path) if start[8:9] == b'{' else _load_torch(path, start)
+    return _state_dict(content, path)
+
+
+def load_state_dict_strict(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    ignore: Iterable[str] = (),
+    hint: Callable[[dict[str, Tensor]], str | None] | None = None,
+) -> None:
+    """Load every parameter and buffer of a module, or say in one line what does not fit.
+
+    Args:
+        module: receives the values; after an error it may hold some of them and must not be used.
+        state: tensors by name.
+        source: where they come from, for the message.
+        ignore: regular expressions (``re.search``) of names that may be missing or left over.
+        hint: looks at ``state`` and says what it fits instead, or None.
+
+    Raises:
+        AssetError: names are missing, left over or have another shape; at most three of each are listed.
+    """
+    wanted = module.state_dict()
+    try:
+        # not strict: modules may rename the keys of older versions, so that only torch knows what is missing
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        missing = [name for name in wanted if name not in state]
+        unexpected = [name for name in state if name not in wanted]
+        shapes = [
+            f'{name} is {tuple(state[name].shape)}, needs {tuple(value.shape)}'
+            for name, value in wanted.items()
+            if name in state and state[name].shape != value.shape
+        ]
+        if not shapes:
+            raise AssetError(f'{source}: cannot be loaded: {" ".join(str(error).split())}') from None
+    else:
+        shapes = []
+    patterns = [re.compile(pattern) for pattern in ignore]
+
+    def counted(names: Iterable[str]) -> list[str]:
+        return [name for name in names if not any(pattern.search(name) for pattern in patterns)]
+
+    parts = [
+        _listed(counted(missing), 'missing'),
+        _listed(counted(unexpected), 'unexpected'),
+        _listed(shapes, 'of another shape'),
+    ]
+    if any(parts):
+        advice = hint(state) if hint else None
+        text = '; '.join(part for part in parts if part)
+        raise AssetError(f'{source}: does not fit {type(module).__name__}: {text}{f"; {advice}" if advice else ""}')
+
+
+def _listed(names: list[str], what: str) -> str:
+    """'5 missing (a, b, c, ...)', or nothing."""
+    more = ', ...' if len(names) > 3 else ''
+    return f'{len(names)} {what} ({", ".join(names[:3])}{more})' if names else ''
+
+
+def _load_torch(path: Path, start: bytes) -> Any:
+    """Unpickle under the allow-list."""
+    allowed: list[Any] = [(stand_in, name) for name, stand_in in _ALLOWED.items()]
+    try:
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about pickle protocols; the error that follows says more
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=_can_map(path))
+    except MemoryError:
+        raise
+    except Exception as error:  # foreign bytes can break the reader in any way
+        raise _explain(path, start, error) from None
+
+
+def _can_map(path: Path) -> bool:
+    """Whether torch can use the tensors where they lie in the file: half the memory while a model is loaded."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path, device='cpu')
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AssetError(f'{path}: truncated or damaged safetensors file ({error}); {_how_to_get(path)}') from None
+
+
+def _explain(path: Path, start: bytes, error: Exception) -> AssetError:
+    """Turn whatever went wrong inside torch.load into one line."""
+    if 'TorchScript' in str(error):
+        return AssetError(f'{path}: a TorchScript program, not weights; save the state dict of the model instead')
+    named = re.search(r'GLOBAL ([\w.]+)', str(error))
+    refused = named[1] if named else _refused_global(path)
+    if refused:
+        return AssetError(
+            f"{path}: refused: the pickle wants to run '{refused}', which no weights file needs; it was not executed; "
+            'get the file from its official source, or re-save its state dict alone as safetensors'
+        )
+    if start.startswith((_ZIP_START, _LEGACY_START)):
+        size = path.stat().st_size
+        official = next((c for c in CHECKPOINTS.values() if c.file_name == path.name and c.size), None)
+        of = f' of {official.size:,}' if official and official.size != size else ''
+        return AssetError(f'{path}: truncated, damaged or no checkpoint ({size:,}{of} bytes); {_how_to_get(path)}')
+    return AssetError(f'{path}: not a checkpoint (neither written by torch.save nor safetensors); {_how_to_get(path)}')
+
+
+def _refused_global(path: Path) -> str | None:
+    """Name of the first object in the pickle that is not allowed, read without executing anything.
+
+    torch names it itself, except in pickle protocols that it does not read at all (0, 3 and later).
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith('data.pkl'))
+                with archive.open(name) as file:
+                    return _first_foreign(file)
+        with open(path, 'rb') as file:
+            return _first_foreign(file)
+    except Exception:  # only serves the message
+        return None
+
+
+def _first_foreign(file: Any) -> str | None:
+    """First global of a pickle stream outside torch, the standard containers and the allow-list."""
+    strings: list[str] = []  # STACK_GLOBAL takes module and name from the last two
+    memo: dict[Any, Any] = {}
+    top: Any = None
+    for operation, argument, _ in pickletools.genops(file):
+        found = None
+        if operation.name in ('GLOBAL', 'INST'):
+            found = str(argument).replace(' ', '.')
+        elif operation.name == 'STACK_GLOBAL':
+            found = '.'.join(strings[-2:])
+        elif operation.name == 'MEMOIZE':
+            memo[len(memo)] = top
+        elif 'PUT' in operation.name:
+            memo[argument] = top
+        else:
+            top = memo.get(argument) if 'GET' in operation.name else argument
+            if isinstance(top, str):
+                strings.append(top)
+        if found and found not in _ALLOWED and not found.startswith(_TORCH_ALLOWS) and re.fullmatch(r'[\w.]+', found):
+            return found
+    return None
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """Unwrap the state dict and insist that it holds tensors by name and nothing else."""
+    for key in ('state_dict', 'model'):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        kind = type(content).__name__
+        keys = ', '.join(map(str, list(content)[:5])) if isinstance(content, dict) else ''
+        found = f'a dict of {keys or "nothing"}' if isinstance(content, dict) else f'a {kind}'
+        raise AssetError(f"{path}: holds no state dict, neither bare nor under 'state_dict' or 'model', but {found}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise AssetError(f"{path}: entry '{name}' of the state dict is no tensor but a {type(value).__name__}")
+    return content
+
+
+def _how_to_get(path: Path) -> str:
+    """What to do for a whole file."""
+    for checkpoint in CHECKPOINTS.values():
+        if checkpoint.file_name == path.name:
+            folder = '' if path.parent.absolute() == checkpoint_root().absolute() else f' --root {path.parent}'
+            first = 'delete it and ' if path.exists() else ''
+            return f'{first}run `python tools/download.py {checkpoint.name}{folder}`'
+    return 'get the file again from its source' if path.exists() else 'correct the path or put the file there'
