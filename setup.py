@@ -27,9 +27,11 @@ REQUIRES = [
     'opencv-python>=4.10',
     'pillow>=10.1',
     'pycocotools>=2.0.8',
+    'pydantic>=2.7,<3',
     'pyyaml>=6.0.1',
     'scikit-image>=0.24',
     'scipy>=1.13',
+    'tqdm>=4.66',
 ]
 WANDB = ['wandb>=0.19']
 DEV = ['hypothesis>=6.100', 'mypy>=1.10', 'pytest>=8.2', 'ruff>=0.9', 'types-PyYAML', *WANDB]

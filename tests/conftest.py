@@ -20,10 +20,46 @@ settings.register_profile('ptqsam', deadline=None, derandomize=True, max_example
 settings.load_profile('ptqsam')
 
 
+def pytest_configure() -> None:
+    # test modules import segment_anything and timm at their top; the processes that tests start get no such help
+    from ptqsam.torchvision_compat import ensure_torchvision
+
+    ensure_torchvision()
+
+
 @pytest.fixture(scope='session')
 def assets() -> Path:
     """Folder of real weights and images (``ckpt/``, ``data/``); the test is skipped where there is none."""
     folder = Path(os.environ.get('PTQSAM_ASSETS', ROOT.parent / 'shared' / 'assets'))
     if not (folder / 'ckpt').is_dir() or not (folder / 'data').is_dir():
         pytest.skip(f'no real weights and images in {folder}; PTQSAM_ASSETS names a folder with ckpt/ and data/')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory) -> Path:
+    """A small set of composed scenes: 4 for calibration, 2 for evaluation."""
+    from projects.scenes import generate_scenes
+
+    return generate_scenes(tmp_path_factory.mktemp('scenes') / 'scenes', num_train=4, num_val=2, progress=False)
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory, scenes) -> Path:
+    """Folder with `tiny.py` (pipeline), `tiny.pth` (its weights) and `recipe.yaml`; see tests/tiny.py."""
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    from tests.tiny import RECIPE, write_pipeline
+
+    folder = tmp_path_factory.mktemp('tiny')
+    config = Config.fromfile(write_pipeline(folder, scenes))
+    init_default_scope('mmdet')
+    from mmdet.registry import MODELS
+
+    torch.manual_seed(0)
+    torch.save(MODELS.build(config.model.sam).state_dict(), folder / 'tiny.pth')
+    write_pipeline(folder, scenes, folder / 'tiny.pth')
+    (folder / 'recipe.yaml').write_text(RECIPE)
     return folder

@@ -53,7 +53,7 @@ def main() -> int:
             found = '{}.{}'.format(*sys.version_info)
             raise SetupError(
                 f'needs Python {OLDEST_PYTHON} or newer, {sys.executable} is {found}; '
-                f'name another one: make setup PYTHON=python{OLDEST_PYTHON}'
+                f'name another one: export PYTHON=python{OLDEST_PYTHON}'
             )
         wanted = wanted_state()
         if is_ready(wanted):
@@ -250,7 +250,12 @@ def wants_cuda_operators(torch_cuda: str | None, gpu: bool, nvcc: str | None) ->
 
 
 def build_environment(with_cuda: bool) -> dict[str, str]:
-    env = {'PYTHONUNBUFFERED': '1', 'MMCV_WITH_OPS': '1', 'MAX_JOBS': os.environ.get('MAX_JOBS') or str(jobs())}
+    env = {
+        'PATH': f'{VENV / "bin"}{os.pathsep}{os.environ.get("PATH", "")}',  # without ninja on it, one file at a time
+        'PYTHONUNBUFFERED': '1',
+        'MMCV_WITH_OPS': '1',
+        'MAX_JOBS': os.environ.get('MAX_JOBS') or str(jobs()),
+    }
     # mmcv's build decides by what torch sees, and stops at a GPU without a fitting compiler
     return env if with_cuda else {**env, 'CUDA_VISIBLE_DEVICES': '', 'FORCE_CUDA': '0'}
 

@@ -4,9 +4,7 @@ _base_ = './pipeline.py'
 data_root = '{{$PTQSAM_DATA:data}}/coco/'
 dataset = dict(type='CheckedCocoDataset', data_root=data_root, test_mode=True, pipeline=_base_.pipeline)
 
-calib_dataset = dict(
-    dataset, ann_file='annotations/instances_train2017.json', data_prefix=dict(img='train2017/')
-)
+calib_dataset = dict(dataset, ann_file='annotations/instances_train2017.json', data_prefix=dict(img='train2017/'))
 test_dataloader = dict(
     batch_size=1,
     num_workers=0,

@@ -9,7 +9,5 @@ model = dict(
         pad_size_divisor=1024,  # with the longer side at 1024: padding to SAM's square
     ),
     sam=dict(type='SegmentAnything', image_size=1024),
-    test_cfg=dict(
-        score_thr=0.05, max_boxes=100, use_sam_iou=True, multimask=False, cascade=0, chunk_size=16
-    ),
+    test_cfg=dict(score_thr=0.05, max_boxes=100, use_sam_iou=True, multimask=False, cascade=0, chunk_size=16),
 )

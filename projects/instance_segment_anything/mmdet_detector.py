@@ -1,7 +1,7 @@
 """Boxes from any mmdet detector, built when the first box is asked for."""
 
-import copy
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
@@ -67,7 +67,7 @@ class MMDetDetector:
         if not model or not pipeline:
             missing = 'model' if not model else 'test pipeline (give model.detector_pipeline)'
             raise ConfigError(f'model.detector: has no {missing}; name an mmdet config or write it out')
-        steps = [dict(step) for step in copy.deepcopy(_plain(pipeline)) if not step['type'].endswith('Annotations')]
+        steps = [step for step in _plain(pipeline) if not step['type'].endswith('Annotations')]
         for step in steps:
             if step['type'] == 'LoadImageFromFile':
                 step['type'] = 'LoadImage'
@@ -90,7 +90,8 @@ class MMDetDetector:
         if self._model is None:
             self._build()
         self._model.to(device)
-        with DefaultScope.overwrite_default_scope('mmdet'):
+        with DefaultScope.overwrite_default_scope('mmdet'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # mmdet 3.3 makes calls that torch has deprecated since
             data = self._transforms(dict(img_path=data_sample.img_path, img_id=data_sample.img_id))
             found = self._model.test_step(pseudo_collate([data]))[0].pred_instances
         return InstanceData(bboxes=found.bboxes, scores=found.scores, labels=found.labels)
@@ -102,7 +103,7 @@ class MMDetDetector:
     def _build(self) -> None:
         config, pipeline = self.resolve()
         with DefaultScope.overwrite_default_scope('mmdet'):
-            model = MODELS.build(config)
+            model = MODELS.build(ConfigDict(config))
             self._transforms = Compose(pipeline)
         load_state_dict_strict(
             model,
@@ -137,9 +138,9 @@ def _read_config(name: str) -> Config:
 
 
 def _plain(value: Any) -> Any:
-    """ConfigDicts as dicts, tuples as lists: the same text and the same fingerprint either way."""
+    """ConfigDicts as dicts, all the way down."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return type(value)(_plain(item) for item in value)
     return value

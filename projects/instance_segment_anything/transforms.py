@@ -70,7 +70,7 @@ class ResizeLongestSide(BaseTransform):
         new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
         if (new_height, new_width) != (height, width):
             resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
-            image = np.asarray(resized)
+            image = np.array(resized)
         results['img'] = image
         results['img_shape'] = (new_height, new_width)
         results['scale_factor'] = (new_width / width, new_height / height)

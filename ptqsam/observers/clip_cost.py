@@ -7,6 +7,9 @@ from ptqsam.functional import NORM
 
 # outermost values that are knots of their own; the others share bins that grow inwards
 MAX_KNOTS = 1024
+# outermost gaps between knots that get more knots, and where
+GAPS = 32
+GAP_FRACTIONS = (0.0, 0.02, 0.08, 0.25, 0.55)
 # entries of the largest temporary tensor, relative to the budget of the search
 PAIRS_PER_BUDGET = 16
 
@@ -16,7 +19,7 @@ class ClipCost:
 
     Knots are the outermost values themselves, then means of growing bins. Between knots the 2.4th root of T is
     interpolated (cubic, with exact slopes): far below the bulk, where only single outliers are clipped, that root is
-    a straight line.
+    a straight line. In the wide outermost gaps it bends just inside each value, so these have more knots.
 
     Args:
         values: (R, N) ascending.
@@ -33,8 +36,8 @@ class ClipCost:
         # float64 sums lose nothing to cancellation that would move a mean out of its bin visibly
         mean = _bin_sums(weight.double() * values, edges) / mass.clamp(min=torch.finfo(torch.float32).tiny)
         # bounds are never positive; a last knot without mass lies at the largest bound
-        self.knots = torch.nn.functional.pad(mean.float().clamp(max=0), (0, 1))
-        mass = torch.nn.functional.pad(mass.float(), (0, 1))
+        mean = torch.nn.functional.pad(mean.float().clamp(max=0), (0, 1))
+        self.knots, mass = _fill_gaps(mean, torch.nn.functional.pad(mass.float(), (0, 1)))
         self.root, self.slope = self._roots(mass)
 
     def _roots(self, mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +72,16 @@ class ClipCost:
         bend_end = (root_end - root_start) - self.slope.gather(1, right) * width
         root = root_start + t * (root_end - root_start) + t * (1 - t) * ((1 - t) * bend_start + t * bend_end)
         return root.clamp(min=0).pow(NORM).view_as(bound)
+
+
+def _fill_gaps(knots: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Put knots without mass into the outermost gaps of knots (R, B)."""
+    gaps = min(GAPS, knots.shape[1] - 1)
+    fractions = torch.tensor(GAP_FRACTIONS, device=knots.device)
+    outer = knots[:, :gaps, None] + knots[:, : gaps + 1].diff(dim=1).unsqueeze(2) * fractions
+    outer_mass = mass[:, :gaps, None] * (fractions == 0)
+    filled = torch.cat([outer.flatten(1), knots[:, gaps:]], 1), torch.cat([outer_mass.flatten(1), mass[:, gaps:]], 1)
+    return filled
 
 
 def _bin_edges(size: int, bins: int) -> list[int]:

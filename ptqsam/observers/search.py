@@ -168,8 +168,8 @@ def zoom(trials: Trials) -> None:
 
 
 def golden_section(trials: Trials) -> None:
-    """Refine a scan by bounded scalar minimisation between the neighbours of its three best minima."""
-    low, high = trials.brackets(3)
+    """Refine a scan by bounded scalar minimisation between the neighbours of its two best minima."""
+    low, high = trials.brackets(2)
     ratio = (5**0.5 - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     error_left, error_right = trials.add(left), trials.add(right)
@@ -194,8 +194,9 @@ def grid_widths(bits: int) -> Tensor:
 
 
 def coarse_widths(bits: int) -> Tensor:
-    """Relative widths of a coarse scan: 24, evenly on a logarithmic scale."""
-    return torch.logspace(-2.5, torch.tensor((2**bits - 1) / (2**bits - 2)).log10().item(), 24)
+    """Relative widths of a coarse scan: 12 small ones evenly on a logarithmic scale, then 36 evenly."""
+    largest = (2**bits - 1) / (2**bits - 2)
+    return torch.cat([torch.logspace(-2.5, -0.7, 13)[:-1], torch.linspace(10**-0.7, largest, 36)])
 
 
 def search_range(

@@ -1,6 +1,8 @@
-"""What a run leaves for people: tables, pictures, dashboards."""
+"""What a run leaves for people: tables, pictures, plots, dashboards."""
 
 from ptqsam.report.gallery import Gallery
+from ptqsam.report.plots import plot_quantization_errors
 from ptqsam.report.summary import result_table, rule_table, write_summary
+from ptqsam.report.wandb_report import WandbReport
 
-__all__ = ['Gallery', 'result_table', 'rule_table', 'write_summary']
+__all__ = ['Gallery', 'WandbReport', 'plot_quantization_errors', 'result_table', 'rule_table', 'write_summary']

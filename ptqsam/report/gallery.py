@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
@@ -19,7 +19,7 @@ from ptqsam.fileio import atomic_path
 if TYPE_CHECKING:
     from mmdet.structures import DetDataSample
 
-# COCO run-length encoding of one mask: {'size': [H, W], 'counts': bytes}
+# COCO run-length encoding of one mask: {'size': [H, W], 'counts': bytes or str}
 Rle = dict[str, Any]
 
 # of a detector's many boxes only the confident ones are drawn
@@ -57,6 +57,9 @@ class Gallery:
         show_dir: folder for the pictures, one `<image stem>.jpg` each.
         dataset: mmdet `CocoDataset` (or a wrapper with its `get_data_info`) that is evaluated.
         max_images: at most this many pictures.
+
+    Attributes:
+        pictures: files written so far.
     """
 
     def __init__(self, show_dir: Path, dataset: Any, max_images: int = 50) -> None:
@@ -66,6 +69,7 @@ class Gallery:
         chosen = np.linspace(0, size - 1, min(size, max_images)).round().astype(int).tolist()
         self._chosen = {dataset.get_data_info(index)['img_path']: index for index in chosen}
         self._float: dict[str, Objects] = {}
+        self.pictures: list[Path] = []
 
     def add(self, what: str, data_samples: Sequence['DetDataSample']) -> None:
         """Take the results of one batch; with those of the quantized model the pictures are written.
@@ -96,10 +100,7 @@ class Gallery:
             instances: predictions of the quantized model.
         """
         quantized = predicted_objects(instances)
-        image = cv2.imread(img_path)
-        if image is None:
-            raise AssetError(f'{img_path}: cannot be read as an image; the pictures of --show-dir need it')
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        image = read_image(img_path)
         truth = true_objects(self.dataset.get_data_info(self._chosen[img_path]))
         panels = [panel(image, truth, match_colours(truth.boxes, quantized), 'Ground truth', count_of(truth))]
         note = count_of(quantized)
@@ -111,9 +112,25 @@ class Gallery:
         panels.append(panel(image, quantized, quantized.index, 'Quantized', note))
         gap = np.full((panels[0].shape[0], GAP, 3), 255, np.uint8)
         row = [piece for part in panels for piece in (gap, part)][1:]
-        with atomic_path(self.show_dir / f'{Path(img_path).stem}.jpg') as temporary:
+        path = self.show_dir / f'{Path(img_path).stem}.jpg'
+        with atomic_path(path) as temporary:
             # without chroma subsampling: it smears thin coloured contours
             Image.fromarray(np.hstack(row)).save(temporary, 'JPEG', quality=JPEG_QUALITY, subsampling=0)
+        self.pictures.append(path)
+
+
+def read_image(path: str) -> np.ndarray:
+    """An image as the models saw it, uint8 RGB (H, W, 3).
+
+    Raises:
+        AssetError: it cannot be read (any more).
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert('RGB'))
+    except OSError as error:
+        reason = ' '.join(str(error).split())
+        raise AssetError(f'{path}: cannot read this image for a picture ({reason}); fetch the file again') from None
 
 
 def predicted_objects(instances: Any) -> Objects:
@@ -142,12 +159,16 @@ def true_objects(info: dict[str, Any]) -> Objects:
         The annotated objects.
     """
     instances = [one for one in info['instances'] if not one['ignore_flag'] and 'mask' in one]
-    masks = []
-    for instance in instances:
-        polygons = coco_mask.frPyObjects(instance['mask'], info['height'], info['width'])
-        masks.append(coco_mask.merge(polygons) if isinstance(polygons, list) else polygons)
+    masks = [annotated_mask(one['mask'], info['height'], info['width']) for one in instances]
     boxes = np.array([one['bbox'] for one in instances], np.float32).reshape(-1, 4)
     return Objects(masks, boxes, np.arange(len(masks)), len(masks))
+
+
+def annotated_mask(mask: list | Rle, height: int, width: int) -> Rle:
+    """Compressed encoding of an annotation: polygons, or run lengths as a list of numbers or compressed."""
+    if isinstance(mask, list):
+        return coco_mask.merge(coco_mask.frPyObjects(mask, height, width))
+    return coco_mask.frPyObjects(mask, height, width) if isinstance(mask['counts'], list) else mask
 
 
 def to_rle(mask: Any) -> Rle:

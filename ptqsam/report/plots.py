@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from ptqsam.fileio import atomic_path
 
@@ -24,7 +25,7 @@ STAGES = 4
 LOWEST = -20.0
 # colour-blind safe (Okabe and Ito), encoder stages first
 COLOURS = ('#0072B2', '#56B4E9', '#009E73', '#F0E442', '#E69F00', '#D55E00', '#CC79A7', '#000000')
-KINDS = (('act', 'activations'), ('weight', 'weights'))
+KINDS = (('act', 'activation'), ('weight', 'weight'))
 
 
 def plot_quantization_errors(
@@ -41,19 +42,18 @@ def plot_quantization_errors(
     groups = module_groups([choice.point.path for choice in choices])
     # activations outnumber weights; one colour per group over both panels
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(dict.fromkeys(groups.values()))}
-    figure = Figure(figsize=(15, 8.5), dpi=110, layout='constrained')
+    figure = Figure(figsize=(15, 8.5), dpi=110)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, width_ratios=(2.1, 1), squeeze=False)
-    for (bars, names), (kind, title) in zip(axes, KINDS, strict=True):
+    for (kind, title), bottom in zip(KINDS, (0.56, 0.1), strict=True):
         paths = [choice.point.path for choice in choices if choice.point.kind == kind]
         values = np.array([errors[p].sqnr if p in errors else math.nan for p in paths], dtype=float)
-        bars.set_title(f'SQNR of {len(paths)} quantized {title}', loc='left')
-        worst = draw_bars(bars, values, [colours[groups[p]] for p in paths])
-        list_worst(names, [(paths[i], float(values[i])) for i in worst])
-    axes[1][0].set_xlabel('quantizer, in order of execution')
-    handles = [axes[0][0].bar(0, 0, color=colour, label=group)[0] for group, colour in colours.items()]
-    if handles:
-        figure.legend(handles=handles, loc='outside lower left', ncols=len(handles), frameon=False)
+        axes = figure.add_axes((0.045, bottom, 0.575, 0.385))
+        axes.set_title(f'SQNR of {len(paths)} {title} quantizers', loc='left')
+        worst = draw_bars(axes, values, [colours[groups[p]] for p in paths])
+        list_worst(figure, bottom + 0.385, [(paths[i], float(values[i])) for i in worst])
+    axes.set_xlabel('quantizers in order of execution')
+    patches = [Patch(color=colour, label=group) for group, colour in colours.items()]
+    figure.legend(handles=patches, loc='lower left', bbox_to_anchor=(0.035, 0), ncols=len(COLOURS), frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format='png')
 
@@ -74,15 +74,15 @@ def draw_bars(axes: Axes, values: np.ndarray, colours: Sequence[str]) -> list[in
     top = max(float(finite.max()), 1.0) * 1.12 if len(finite) else 1.0
     heights = np.clip(np.where(known, values, 0.0), LOWEST, top)
     bars = axes.bar(np.arange(len(values)), heights, color=list(colours), width=0.85)
-    for i in np.flatnonzero(np.isposinf(values)):
-        bars[i].set(hatch='////', fill=False, edgecolor=colours[i], linewidth=0)
+    for i in np.flatnonzero(np.isposinf(values)).tolist():
+        bars[i].set(hatch='////', fill=False, edgecolor=colours[i], linewidth=0.6)
     missing = np.flatnonzero(~known)
     axes.plot(missing, np.zeros(len(missing)), 'x', color='grey', markersize=5, clip_on=False)
     worst = [i for i in np.argsort(values, kind='stable').tolist() if known[i] and values[i] < math.inf][:WORST]
+    circle = dict(boxstyle='circle,pad=0.15', facecolor='white', linewidth=0.6)
     for rank, i in enumerate(worst, 1):
-        axes.annotate(
-            str(rank), (i, max(heights[i], 0.0)), (0, 1), textcoords='offset points', ha='center', fontsize=9, weight='bold'
-        )
+        tip = (i, max(heights[i], 0.0))
+        axes.annotate(f'{rank}', tip, (0, 6), textcoords='offset points', ha='center', fontsize=7, bbox=circle)
     notes = ['hatched: exact (infinite)'] if np.isposinf(values).any() else []
     notes += ['×: not measured'] if len(missing) else []
     axes.set_title(', '.join(notes), loc='right', fontsize=9, color='grey')
@@ -95,15 +95,18 @@ def draw_bars(axes: Axes, values: np.ndarray, colours: Sequence[str]) -> list[in
     return worst
 
 
-def list_worst(axes: Axes, worst: Sequence[tuple[str, float]]) -> None:
-    """Write the paths and values of the worst quantizers, worst first, with their numbers in the bar plot."""
-    axes.set_axis_off()
-    axes.set_title('lowest', loc='left', fontsize=10)
-    for line, (path, value) in enumerate(worst):
-        y = 0.97 - line * 0.095
-        axes.text(0.0, y, f'{line + 1}', transform=axes.transAxes, weight='bold', va='top', fontsize=9)
-        axes.text(0.13, y, f'{value:.1f} dB', transform=axes.transAxes, ha='right', va='top', fontsize=9)
-        axes.text(0.15, y, path, transform=axes.transAxes, va='top', fontsize=9)
+def list_worst(figure: Figure, top: float, worst: Sequence[tuple[str, float]]) -> None:
+    """Write values and paths of the worst quantizers beside a panel, numbered as their bars are.
+
+    Args:
+        figure: where to write.
+        top: upper edge of the panel, fraction of the figure's height.
+        worst: path and SQNR in dB, worst first.
+    """
+    for rank, (path, value) in enumerate(worst, 1):
+        y = top - rank * 0.0365
+        for x, text, align in ((0.645, f'{rank}', 'right'), (0.69, f'{value:.1f} dB', 'right'), (0.697, path, 'left')):
+            figure.text(x, y, text, ha=align, fontsize=8, weight='bold' if x == 0.645 else 'normal')
 
 
 def module_groups(paths: Sequence[str]) -> dict[str, str]:
@@ -117,18 +120,24 @@ def module_groups(paths: Sequence[str]) -> dict[str, str]:
     Returns:
         Path -> name of the group.
     """
-    numbered = {p: m for p in paths if (m := re.match(r'(image_encoder)\.(\w+)\.(\d+)\.', p)) and m[2] != 'neck'}
+    numbered = {
+        path: (match[1], int(match[2]))
+        for path in paths
+        if (match := re.match(r'image_encoder\.(?!neck)(\w+)\.(\d+)\.', path))
+    }
     counts: dict[str, int] = {}
-    for match in numbered.values():
-        counts[match[2]] = max(counts.get(match[2], 0), int(match[3]) + 1)
+    for child, number in numbered.values():
+        counts[child] = max(counts.get(child, 0), number + 1)
     groups = {}
     for path in paths:
-        if match := numbered.get(path):
-            size = math.ceil(counts[match[2]] / STAGES)
-            first = int(match[3]) // size * size
-            last = min(first + size, counts[match[2]]) - 1
-            groups[path] = f'encoder {match[2]} {first}' + (f'-{last}' if last > first else '')
+        if path in numbered:
+            child, number = numbered[path]
+            size = math.ceil(counts[child] / STAGES)
+            first = number // size * size
+            last = min(first + size, counts[child]) - 1
+            groups[path] = f'encoder {child} {first}' + (f'-{last}' if last > first else '')
         else:
-            top, child, *_ = [*path.split('.'), '']
-            groups[path] = f'encoder {child}' if top == 'image_encoder' else top.replace('_', ' ')
+            top, _, rest = path.partition('.')
+            name = f'encoder {rest.split(".")[0]}' if top == 'image_encoder' else top
+            groups[path] = name.replace('_', ' ')
     return groups

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from ptqsam import download
-from ptqsam.download import CHECKPOINTS, Checkpoint, Package, Url, checkpoint_root, fetch
+from ptqsam import sources
+from ptqsam.download import CHECKPOINTS, Checkpoint, checkpoint_root, fetch
 from ptqsam.errors import AssetError, ConfigError
+from ptqsam.sources import Package, Url
 
 REPO = Path(__file__).parents[2]
 CONTENT = bytes(range(256)) * 4096 + b'end'
@@ -85,7 +86,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     state.url = f'http://127.0.0.1:{httpd.server_port}/model.pth'
     for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(download, 'RETRY_WAIT_SECONDS', 0.0)
+    monkeypatch.setattr(sources, 'RETRY_WAIT_SECONDS', 0.0)
     yield state
     state.release.set()
     httpd.shutdown()
@@ -213,7 +214,7 @@ def test_server_that_never_finishes_gives_up_and_keeps_the_part(server, add, tmp
     with pytest.raises(AssetError, match=r'closed after 5,000 of .* 5,000 bytes are kept in model.pth.part') as error:
         fetch('model', tmp_path)
     assert '\n' not in str(error.value)
-    assert len(server.asked) == 1 + download.RETRIES + 1
+    assert len(server.asked) == 1 + sources.RETRIES + 1
     assert (tmp_path / 'model.pth.part').read_bytes() == CONTENT[:5000]
     assert _files(tmp_path) == ['model.pth.part']
     server.cuts = []
@@ -271,7 +272,7 @@ def test_next_source_is_tried(server, add, tmp_path) -> None:
 
 
 def test_silent_host_is_left_after_the_connect_limit(add, tmp_path, monkeypatch, server) -> None:
-    monkeypatch.setattr(download, 'CONNECT_SECONDS', 0.2)
+    monkeypatch.setattr(sources, 'CONNECT_SECONDS', 0.2)
     with socket.create_server(('127.0.0.1', 0)) as silent:  # accepts connections, never answers
         add(Url(f'http://127.0.0.1:{silent.getsockname()[1]}/model.pth'))
         with pytest.raises(AssetError, match=r'no answer within 0\.2 s'):

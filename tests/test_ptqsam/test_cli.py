@@ -1,0 +1,194 @@
+"""The command line end to end, in a subprocess, on a tiny SAM: results, files, resume, load, exit codes."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ptqsam.cli import main
+from tests.tiny import ROOT, run_tool
+
+FILES = {'result.json', 'summary.csv', 'sqnr.png', 'fp.json', 'packed'}
+
+
+def result_of(done):
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().split('\n')[-1])
+
+
+@pytest.fixture(scope='module')
+def finished(tiny, tmp_path_factory):
+    """A complete run: its output and its work dir."""
+    folder = tmp_path_factory.mktemp('run')
+    options = ['--eval-fp', '--work-dir', 'out', '--show-dir', 'out/masks']
+    return run_tool(tiny / 'tiny.py', tiny / 'recipe.yaml', *options, cwd=folder), folder / 'out'
+
+
+def test_last_line_is_the_result(finished):
+    done, work_dir = finished
+    result = result_of(done)
+    assert result == json.loads((work_dir / 'result.json').read_text())
+    assert result['bits'] == {'weight': 4, 'act': 8} and result['algorithm'] == 'tiny'
+    assert set(result['metrics']['fp']) == set(result['metrics']['quant']) >= {'segm_mAP', 'mask_mIoU'}
+    assert 0 < result['size_mb']['packed'] < result['size_mb']['fp']
+    assert {'prepare', 'calibrate', 'freeze', 'evaluate'} <= set(result['seconds'])
+    assert result['compat'] == [] and result['seed'] == 0 and result['images'] == 2
+    assert 'Traceback' not in done.stderr
+
+
+def test_files(finished):
+    _, work_dir = finished
+    assert {path.name for path in work_dir.iterdir()} >= FILES
+    assert not list(work_dir.rglob('.*')), 'temporary files left'
+    assert len(list((work_dir / 'masks').iterdir())) == 2
+    rows = list(csv.DictReader((work_dir / 'summary.csv').open()))
+    assert {row['kind'] for row in rows} == {'act', 'weight'}
+    assert all(float(row['sqnr_db']) > 0 for row in rows)
+    by_kind = {kind: [float(r['sqnr_db']) for r in rows if r['kind'] == kind] for kind in ('act', 'weight')}
+    assert min(by_kind['act']) > max(by_kind['weight']), '8-bit activations have less error than 4-bit weights'
+
+
+def test_same_seed_same_result_and_another_seed_another(finished, tiny, tmp_path):
+    first = result_of(finished[0])
+    again = result_of(run_tool(tiny / 'tiny.py', tiny / 'recipe.yaml', '--eval-fp', cwd=tmp_path))
+    assert again['metrics'] == first['metrics']
+    manifests = [
+        json.loads((path / 'packed' / 'manifest.json').read_text())
+        for path in (finished[1], tmp_path / 'work_dirs' / 'tiny' / f'{tiny.name}_recipe')
+    ]
+    assert manifests[0]['sha256'] == manifests[1]['sha256'], 'the packed models are equal byte for byte'
+    other = run_tool(tiny / 'tiny.py', tiny / 'recipe.yaml', '--seed', 5, '--work-dir', 'other', cwd=tmp_path)
+    assert result_of(other)['seed'] == 5
+    assert json.loads((tmp_path / 'other/packed/manifest.json').read_text())['sha256'] != manifests[0]['sha256']
+
+
+def test_load_gives_the_same_metrics_without_calibration_or_checkpoint(finished, tiny, tmp_path):
+    done, work_dir = finished
+    loaded = result_of(
+        run_tool(
+            tiny / 'tiny.py', tiny / 'recipe.yaml', '--load', work_dir / 'packed',
+            '--cfg-options', 'model.sam.checkpoint=/none/such.pth', cwd=tmp_path,
+        )
+    )
+    assert loaded['metrics']['quant'] == result_of(done)['metrics']['quant']
+    assert 'calibrate' not in loaded['seconds']
+    mine, theirs = (path.read_text() for path in (work_dir / 'summary.csv', next(tmp_path.rglob('summary.csv'))))
+    assert mine == theirs
+
+
+def test_resume_after_kill(finished, tiny, tmp_path):
+    """Killed as soon as the packed checkpoint is there; the resumed run does not calibrate again."""
+    args = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--eval-fp', '--work-dir', tmp_path / 'w']
+    command = [sys.executable, ROOT / 'tools/test_quant.py', *args]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / 'w/packed/manifest.json').exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    resumed = result_of(run_tool(*args, '--resume', cwd=tmp_path))
+    assert resumed['metrics'] == result_of(finished[0])['metrics']
+    assert 'calibrate' not in resumed['seconds']
+
+
+def test_resume_refuses_another_recipe(finished, tiny, tmp_path):
+    work_dir = shutil.copytree(finished[1], tmp_path / 'w')
+    options = ['--resume', '--work-dir', work_dir, '--quant-options', 'bits.weight=5']
+    done = run_tool(tiny / 'tiny.py', tiny / 'recipe.yaml', *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert 'differs from this run in recipe' in done.stderr
+
+
+def test_interrupt_leaves_one_line_and_no_half_written_file(tiny, tmp_path):
+    command = [sys.executable, ROOT / 'tools/test_quant.py', tiny / 'tiny.py', tiny / 'recipe.yaml', '--work-dir', 'w']
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / 'w').exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip().split('\n')[-1].startswith('interrupted')
+    assert 'Traceback' not in stderr
+    assert not (tmp_path / 'w/result.json').exists()
+
+
+def test_dry_run_does_nothing_but_tell(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(tiny / 'tiny.py'), str(tiny / 'recipe.yaml'), '--dry-run']) == 0
+    text = capsys.readouterr().out
+    assert 'encoder.attn.softmax' in text and 'Uniform 8 bit' in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def fails(capsys, code, message, *args):
+    assert main([str(arg) for arg in args]) == code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.strip().split('\n') if line.startswith('error: ')]
+    assert len(lines) == 1 and message in lines[0], captured.err[-1500:]
+    assert 'Traceback' not in captured.err
+
+
+def test_bad_usage(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, recipe = tiny / 'tiny.py', tiny / 'recipe.yaml'
+    fails(capsys, 2, 'no such model config', tmp_path / 'no.py', recipe)
+    fails(capsys, 2, 'no such recipe', model, tmp_path / 'no.yaml')
+    fails(capsys, 2, "did you mean 'score_thr'?", model, recipe, '--cfg-options', 'model.test_cfg.score_th=0.1')
+    fails(capsys, 2, "unknown key 'calibration.sed'", model, recipe, '--quant-options', 'calibration.sed=1')
+    fails(capsys, 2, 'got 16', model, recipe, '--quant-options', 'bits.act=16')
+    fails(capsys, 2, 'calibration set has 4', model, recipe, '--quant-options', 'calibration.num_images=5')
+    assert not list(tmp_path.rglob('result.json')) and not list(tmp_path.rglob('manifest.json'))
+    with pytest.raises(SystemExit, match='2'):
+        main([str(model)])
+
+
+def test_rules_that_miss(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bad = tmp_path / 'bad.yaml'
+    base = f'_base_: {tiny / "recipe.yaml"}\n'
+    bad.write_text(base + "rules: [{match: 'mask_decoder.*.softmaxx', bits: 8}]\n")
+    fails(capsys, 2, "rule 1 'mask_decoder.*.softmaxx' matched none of", tiny / 'tiny.py', bad)
+    bad.write_text(base + "rules: [{match: '*', enabled: false}]\n")
+    fails(capsys, 2, 'quantizes nothing', tiny / 'tiny.py', bad)
+    bad.write_text(base + "rules: [{match: '*.softmax', quantizer: {type: LNQQ}}]\n")
+    fails(capsys, 2, 'LNQQ', tiny / 'tiny.py', bad)
+    bad.write_text(base + "rules: [{match: '*.softmax', quantizer: {type: Uniform, simetric: true}}]\n")
+    fails(capsys, 2, 'simetric', tiny / 'tiny.py', bad)
+
+
+def test_missing_and_foreign_files(finished, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, recipe = tiny / 'tiny.py', tiny / 'recipe.yaml'
+    fails(capsys, 3, 'none.pth', model, recipe, '--cfg-options', 'model.sam.checkpoint=none.pth')
+    missing = 'test_dataloader.dataset.ann_file=annotations/none.json'
+    fails(capsys, 3, 'none.json', model, recipe, '--cfg-options', missing)
+    fails(capsys, 3, 'no packed checkpoint', model, recipe, '--load', tmp_path)
+    same_split = 'calib_dataset.ann_file=annotations/instances_val.json', 'calib_dataset.data_prefix.img=val/'
+    fails(capsys, 2, 'evaluated as well', model, recipe, '--cfg-options', *same_split)
+
+    packed = shutil.copytree(finished[1] / 'packed', tmp_path / 'packed')
+    other = ['--cfg-options', 'model.sam.arch.embed_dim=64', '--load', packed]
+    fails(capsys, 3, 'made for another model', model, recipe, *other)
+    fails(capsys, 3, 'made with another recipe', model, recipe, '--load', packed, '--quant-options', 'bits.act=7')
+    content = bytearray((packed / 'model.safetensors').read_bytes())
+    content[-1] ^= 1
+    (packed / 'model.safetensors').write_bytes(content)
+    fails(capsys, 3, 'SHA-256', model, recipe, '--load', packed)
+
+
+def test_broken_image_is_named(tiny, scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = shutil.copytree(scenes, tmp_path / 'scenes')
+    image = sorted((data / 'val').iterdir())[0]
+    image.write_bytes(b'not an image')
+    options = [f'test_dataloader.dataset.data_root={data}/', 'test_dataloader.num_workers=1']
+    fails(capsys, 3, image.name, tiny / 'tiny.py', tiny / 'recipe.yaml', '--cfg-options', *options)
+
+
+def test_work_dir_that_is_a_file(tiny, tmp_path, capsys):
+    (tmp_path / 'file').write_text('x')
+    fails(capsys, 2, 'cannot write there', tiny / 'tiny.py', tiny / 'recipe.yaml', '--work-dir', tmp_path / 'file' / 'w')

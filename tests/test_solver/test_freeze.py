@@ -1,0 +1,108 @@
+"""The freeze gate, tried by tampering: whatever is left unquantized must stop the run with exit code 4."""
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from torch import nn
+
+from ptqsam.cli import main
+from ptqsam.modules import PassThrough
+from ptqsam.registry import SOLVER_HOOKS
+from ptqsam.solver.freeze import most_distinct
+from ptqsam.solver.prepare import act_quantizers, quant_ops
+
+
+def soft_weight(sam):
+    _, op = next(quant_ops(sam))
+    op.weight.data[0].flatten()[0].add_(0.3 * op.weight_quantizer.scale.flatten()[0])
+
+
+def not_frozen(sam):
+    _, op = list(quant_ops(sam))[-1]
+    op.frozen = False
+
+
+def float_weight_of_the_second_layer(sam):
+    """What defect D2 of the released code leaves behind."""
+    _, op = list(quant_ops(sam))[1]
+    op.weight = nn.Parameter(torch.randn_like(op.weight))
+
+
+def quantizer_left_off(sam):
+    act_quantizers(sam)[3].mode = 'off'
+
+
+def quantizer_left_observing(sam):
+    act_quantizers(sam)[0].mode = 'observe'
+
+
+def quantizer_removed(sam):
+    sam.mask_decoder.transformer.layers[0].self_attn.softmax = PassThrough()
+
+
+def zero_scale(sam):
+    act_quantizers(sam)[0].scale.data.zero_()
+
+
+def infinite_scale(sam):
+    next(quant_ops(sam))[1].weight_quantizer.scale.data.fill_(float('inf'))
+
+
+def other_bits(sam):
+    act_quantizers(sam)[0].bits = 16
+
+
+def zero_point_outside(sam):
+    quantizer = act_quantizers(sam)[0]
+    quantizer.zero_point.data.fill_(quantizer.qmax + 1)
+
+
+TAMPERINGS = {
+    soft_weight: 'off the integer grid',
+    float_weight_of_the_second_layer: 'off the integer grid',
+    not_frozen: 'not frozen',
+    quantizer_left_off: "mode is 'off'",
+    quantizer_left_observing: "mode is 'observe'",
+    quantizer_removed: 'no quantizer',
+    zero_scale: 'not finite and positive',
+    infinite_scale: 'not finite and positive',
+    other_bits: '16 bits',
+    zero_point_outside: 'zero point',
+}
+
+
+@SOLVER_HOOKS.register_module(name='tests.Tamper')
+class Tamper(Hook):
+    """Does harm between freezing and the gate."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def after_freeze(self, runner):
+        {f.__name__: f for f in TAMPERINGS}[self.how](runner.model.sam)
+
+
+@pytest.mark.parametrize('tampering', TAMPERINGS, ids=lambda f: f.__name__)
+def test_gate_stops_a_tampered_model(tampering, tiny, tmp_path, capsys):
+    recipe = tmp_path / 'recipe.yaml'
+    hook = f'hooks: [{{type: tests.Tamper, how: {tampering.__name__}}}]\n'
+    recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\n{hook}')
+    assert main([str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(tmp_path / 'w')]) == 4
+    error = capsys.readouterr().err.strip().split('\n')[-1]
+    assert error.startswith('error: freeze gate: ') and TAMPERINGS[tampering] in error
+    assert not (tmp_path / 'w/packed').exists() and not (tmp_path / 'w/result.json').exists()
+
+
+def test_nan_names_quantizer_and_image(tiny, tmp_path, capsys):
+    state = torch.load(tiny / 'tiny.pth', weights_only=True)
+    state['image_encoder.blocks.1.mlp.lin1.weight'][3, 4] = float('nan')
+    torch.save(state, tmp_path / 'nan.pth')
+    options = ['--cfg-options', f'model.sam.checkpoint={tmp_path / "nan.pth"}', '--work-dir', str(tmp_path / 'w')]
+    assert main([str(tiny / 'tiny.py'), str(tiny / 'recipe.yaml'), *options]) == 4
+    error = capsys.readouterr().err.strip().split('\n')[-1]
+    assert 'image_encoder.blocks.1.mlp.lin2.input: NaN' in error and '.png' in error
+
+
+def test_most_distinct():
+    x = torch.tensor([[1.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    assert (most_distinct(x, 0), most_distinct(x, 1), most_distinct(x, None)) == (3, 2, 5)
