@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ptqsam.allocator import keep_freed_memory
 from ptqsam.checkpoint import load_packed, save_packed, structure
 from ptqsam.config import QuantConfig
 from ptqsam.report.summary import align
@@ -33,6 +34,7 @@ from ptqsam.solver.rules import RuleBook
 # boxes of one decoder forward, the chunk that the model configs decode together
 BOXES = 16
 VARIANTS = ('float', 'quantized')
+COLUMNS = ('seconds', 'cpu_seconds', 'memory_mb')
 FAKE_QUANT = 'fake quantization'
 
 
@@ -63,8 +65,8 @@ def benchmark(setting: Setting, repeat: int) -> dict[str, dict[str, float]]:
         repeat: timed forwards of each variant; medians are taken.
 
     Returns:
-        'float', 'quantized' and 'ratio' -> 'seconds' (wall clock), 'cpu_seconds' (of all threads), 'memory_mb': growth of
-        the memory in use during one forward, weights not counted.
+        'float', 'quantized' and 'ratio' -> 'seconds' (wall clock), 'cpu_seconds' (of all threads) and 'memory_mb'
+        (growth of the memory in use during one forward, so without the weights).
     """
     models = build_variants(setting)
     forwards = [make_forward(model, setting) for model in models]
@@ -81,10 +83,16 @@ def benchmark(setting: Setting, repeat: int) -> dict[str, dict[str, float]]:
     return result | {'ratio': {key: quantized[key] / max(plain[key], 1e-9) for key in plain}}
 
 
-def build_variants(setting: Setting) -> list[nn.Module]:
-    """The float model, and a frozen quantized copy of it that was calibrated on one random input."""
+def prepare_process(setting: Setting) -> None:
+    """Make this process compute as the main job does, with the threads that are asked for and fixed random numbers."""
+    keep_freed_memory()
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
+
+
+def build_variants(setting: Setting) -> list[nn.Module]:
+    """The float model, and a frozen quantized copy of it that was calibrated on one random input."""
+    prepare_process(setting)
     plain = setting.build().to(setting.device).eval().requires_grad_(False)
     quantized = copy.deepcopy(plain)
     quantize_model(quantized, RuleBook(setting.recipe))
@@ -171,7 +179,7 @@ def forward_memory(setting: Setting, packed: Path | None) -> int:
         setting: what to measure.
         packed: checkpoint of the quantized model; None: measure the float one.
     """
-    torch.set_num_threads(setting.threads)
+    prepare_process(setting)
     model = setting.build().eval().requires_grad_(False)
     if packed is not None:
         load_packed(packed, model)
@@ -245,8 +253,6 @@ def share(events: EventList, device: str) -> float:
 
 def benchmark_table(result: dict[str, dict[str, float]]) -> str:
     """Result of `benchmark` as a text table."""
-    rows = [('', 'seconds', 'CPU seconds', 'memory MB')]
-    for name, row in result.items():
-        digits = '.2f' if name == 'ratio' else '.3f'
-        rows.append((name, f'{row["seconds"]:{digits}}', f'{row["cpu_seconds"]:{digits}}', f'{row["memory_mb"]:{digits}}'))
+    rows: list[tuple[str, ...]] = [('', *COLUMNS)]
+    rows += [(name, *(f'{row[key]:.2f}' for key in COLUMNS)) for name, row in result.items()]
     return align(rows)

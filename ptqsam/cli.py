@@ -14,12 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
+from ptqsam.allocator import keep_freed_memory
 from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.errors import ConfigError, PTQSAMError
 from ptqsam.report import result_table
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 2 bad usage or config, 3 missing or bad data or checkpoint, 4 freeze gate, 130 interrupted.
     """
     args = parse_args(argv)
+    # mmengine tells on stdout which environment variables a config uses; that is for nobody
+    MMLogger.get_instance('mmengine').setLevel('WARNING')
+    keep_freed_memory()
     try:
         return run(args)
     except PTQSAMError as error:
@@ -43,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f'error: {one_line(error)}', file=sys.stderr)
         return error.exit_code
+    except torch.OutOfMemoryError as error:
+        print(
+            f'error: out of memory ({str(error).splitlines()[0]}); lower model.test_cfg.chunk_size with --cfg-options '
+            'or calibration.max_boxes with --quant-options',
+            file=sys.stderr,
+        )
+        return ConfigError.exit_code
     except KeyboardInterrupt:
         print('interrupted; run again with --resume to go on from the last finished stage', file=sys.stderr)
         return 130

@@ -84,17 +84,13 @@ def _channel_shape(param: Tensor, ndim: int, ch_axis: int | None) -> Tensor:
     return param.view(shape)
 
 
-def _broadcast(
-    x: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Constants of the chain, detached, in float32, ready to broadcast: scale, reciprocal scale, zero point."""
     scale = _channel_shape(scale.detach().float(), x.dim(), ch_axis)
     return scale, scale.reciprocal(), _channel_shape(zero_point.float(), x.dim(), ch_axis)
 
 
-def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, ch_axis: int | None = None
-) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, ch_axis: int | None = None) -> Tensor:
     """Integer codes of real values.
 
     Args:
@@ -150,9 +146,7 @@ class _StraightThrough(torch.autograd.Function):
     """Fake quantization whose gradient passes inside the range, ends included, and stops outside."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, constants: tuple[Tensor, Tensor, Tensor], qmin: int, qmax: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, constants: tuple[Tensor, Tensor, Tensor], qmin: int, qmax: int) -> Tensor:
         scale, inverse, zero = constants
         codes = torch.mul(x.float(), inverse).round_().add_(zero)
         ctx.save_for_backward((codes >= qmin) & (codes <= qmax))
@@ -200,7 +194,13 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, grad_factor: float,
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        grad_factor: float,
         ch_axis: int | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)

@@ -60,8 +60,12 @@ def write_pipeline(folder: Path, data: Path, checkpoint: Path | None = None, arc
     return path
 
 
-def run_tool(*args: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run `tools/test_quant.py` as a user does, in a subprocess."""
+def tool_command(*args: object) -> dict:
+    """Command and environment of `tools/test_quant.py` as a user runs it, for `subprocess`."""
     command = [sys.executable, str(ROOT / 'tools' / 'test_quant.py'), *map(str, args)]
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **environment}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return dict(args=command, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, text=True)
+
+
+def run_tool(*args: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Run `tools/test_quant.py` in a subprocess."""
+    return subprocess.run(**tool_command(*args), cwd=cwd, capture_output=True, timeout=300)

@@ -18,7 +18,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--recipe', default='exp/minmax/w8a8.yaml', help='default exp/minmax/w8a8.yaml')
     parser.add_argument('--what', default='encoder', choices=['encoder', 'decoder'], help='default encoder')
     parser.add_argument('--repeat', type=int, default=3, help='timed forwards of each variant, default 3')
-    parser.add_argument('--threads', type=int, default=1, help='CPU threads, no more than there are free cores; default 1')
+    parser.add_argument('--threads', type=int, default=1, help='CPU threads, at most the free cores; default 1')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--profile', action='store_true', help='show which operators take the time, measure no memory')
     return parser.parse_args()

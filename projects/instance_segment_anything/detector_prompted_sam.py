@@ -12,6 +12,8 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from ptqsam.fileio import fingerprint, sha256_file
+
 from .box_cache import AttachBoxes, CachedBoxes, cached_boxes
 from .checks import reject_unknown
 from .masks import encode_masks
@@ -49,15 +51,12 @@ class DetectorPromptedSAM(BaseDetector):
         test_cfg: Mapping[str, Any] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(data_preprocessor=data_preprocessor)
+        # built here, because mmengine would look for mmdet's under its own names
+        super().__init__(data_preprocessor=data_preprocessor and MODELS.build(data_preprocessor))
         test_cfg = test_cfg or {}
         reject_unknown('model.test_cfg', test_cfg, [field.name for field in fields(PromptOptions)])
         self.options = PromptOptions(**test_cfg)
-        # what results depend on, for fingerprints
-        self.sam_config = {key: value for key, value in sam.items() if key != 'checkpoint'}
-        self.prompt_config = dict(
-            asdict(self.options), detector=detector, weights=detector_checkpoint, pipeline=detector_pipeline
-        )
+        self.sam_config = {name: value for name, value in sam.items() if name != 'checkpoint'}
         self.sam: SegmentAnything = MODELS.build(sam)
         self.detector: OracleDetector | MMDetDetector
         if isinstance(detector, Mapping) and detector.get('type') == 'OracleDetector':
@@ -65,10 +64,14 @@ class DetectorPromptedSAM(BaseDetector):
         else:
             self.detector = MMDetDetector(detector, detector_checkpoint, detector_pipeline)
 
-    @property
-    def sam_checkpoint(self) -> str | None:
-        """File of SAM's weights."""
-        return self.sam.checkpoint
+    def origin(self) -> dict[str, Any]:
+        """What the masks depend on beside the images: SAM and its weights, the prompts. Compared on resume."""
+        path = self.sam.checkpoint
+        return dict(
+            sam=fingerprint(self.sam_config),
+            checkpoint=sha256_file(path) if path and Path(path).is_file() else None,
+            prompts=fingerprint([self.detector.identity(), asdict(self.options)]),
+        )
 
     def init_weights(self) -> None:
         """Load SAM's checkpoint. The detector loads its own when it is built."""
@@ -106,10 +109,10 @@ class DetectorPromptedSAM(BaseDetector):
                 replaces that of an earlier call.
             cache_dir: folder for the boxes of a detector (see ``cached_boxes``); the oracle's need no file.
         """
-        if isinstance(self.detector, MMDetDetector):
-            source = CachedBoxes(cached_boxes(self.detector, dataset, cache_dir, self.device))
-        else:
+        if self.detector.from_annotations:
             source = self.detector
+        else:
+            source = CachedBoxes(cached_boxes(self.detector, dataset, cache_dir, self.device))
         steps = [step for step in dataset.pipeline.transforms if not isinstance(step, AttachBoxes)]
         dataset.pipeline.transforms = [*steps, AttachBoxes(source, self.options)]
 

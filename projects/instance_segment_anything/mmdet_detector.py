@@ -31,6 +31,8 @@ class MMDetDetector:
         pipeline: test pipeline of the detector; the one of the config when that is a name or path.
     """
 
+    from_annotations = False
+
     def __init__(
         self,
         config: str | Mapping[str, Any],

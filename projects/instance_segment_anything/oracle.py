@@ -19,14 +19,17 @@ class OracleDetector:
         seed: of the jitter; an image's jitter depends on this and the image id alone.
     """
 
+    from_annotations = True  # nothing to compute, nothing to cache
+
     def __init__(self, jitter: float = 0.0, seed: int = 0) -> None:
         if not 0 <= jitter < 0.5:
             raise ConfigError(f'model.detector.jitter={jitter} is out of range; choose 0 to 0.5, for example 0.1')
         self.jitter = jitter
         self.seed = seed
 
-    def identity(self) -> None:
-        """There is nothing to cache: the boxes come with the annotations."""
+    def identity(self) -> dict[str, float]:
+        """What the boxes depend on, beside the annotations."""
+        return dict(jitter=self.jitter, seed=self.seed)
 
     def detect(self, data_sample: DetDataSample, device: torch.device) -> InstanceData:
         """Take the boxes of the annotations.

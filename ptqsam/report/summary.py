@@ -3,17 +3,20 @@
 import csv
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ptqsam.evaluation.quantization_error import QuantizationError
 from ptqsam.fileio import write_text
-from ptqsam.solver.rules import Choice, RuleBook
+
+if TYPE_CHECKING:
+    from ptqsam.evaluation import QuantizationError
+    from ptqsam.solver.rules import Choice, RuleBook
 
 COLUMNS = ('path', 'role', 'kind', 'quantizer', 'bits', 'observer', 'rule', 'sqnr_db', 'cosine')
 
 
-def write_summary(path: Path, choices: list[Choice], errors: dict[str, QuantizationError]) -> None:
+def write_summary(path: Path, choices: 'list[Choice]', errors: 'dict[str, QuantizationError]') -> None:
     """Write one CSV row per quantizer.
 
     Args:
@@ -53,7 +56,7 @@ def result_table(result: dict[str, Any]) -> str:
     return align(rows)
 
 
-def rule_table(rules: RuleBook) -> str:
+def rule_table(rules: 'RuleBook') -> str:
     """What the rules decided, grouped by role, and how many points each rule matched.
 
     Args:
@@ -73,7 +76,7 @@ def rule_table(rules: RuleBook) -> str:
     return '\n'.join(lines)
 
 
-def align(rows: list[tuple[str, ...]]) -> str:
+def align(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of cells as text; the first column is left-aligned, numbers are right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numeric = [all(_is_number(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]

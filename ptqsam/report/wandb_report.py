@@ -36,9 +36,6 @@ class WandbReport(Hook):
         group: group of runs, for example a sweep.
         tags: tags of the run.
         mode: 'online', 'offline' or 'disabled'; default the environment variable WANDB_MODE, else 'offline'.
-
-    Raises:
-        ConfigError: unknown mode.
     """
 
     priority = 'VERY_LOW'
@@ -52,8 +49,6 @@ class WandbReport(Hook):
         mode: str | None = None,
     ) -> None:
         self.mode = mode or os.environ.get('WANDB_MODE') or 'offline'
-        if self.mode not in MODES:
-            raise ConfigError(f'WandbReport: mode (or WANDB_MODE) is {self.mode!r}; use one of {", ".join(MODES)}')
         self.name = name
         self.labels: dict[str, Any] = dict(project=project, group=group, tags=list(tags))
         self.run: Any = None
@@ -63,10 +58,12 @@ class WandbReport(Hook):
         """Start the run.
 
         Raises:
-            ConfigError: wandb is not installed or refuses to start.
+            ConfigError: unknown mode; wandb is not installed or refuses to start.
         """
         if not is_main_process():
             return
+        if self.mode not in MODES:
+            raise ConfigError(f'WandbReport: mode (or WANDB_MODE) is {self.mode!r}; use one of {", ".join(MODES)}')
         wandb = import_wandb()
         loop: Any = runner.test_loop
         options = loop.options

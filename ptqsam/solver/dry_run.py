@@ -1,6 +1,8 @@
 """What a run would do, without doing it: which quantizer goes where, sizes, data, rough time and memory per stage."""
 
-import resource
+import json
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from torch import Tensor
 from ptqsam.checkpoint import float_bytes
 from ptqsam.config import QuantConfig
 from ptqsam.errors import AssetError, ConfigError
-from ptqsam.estimate import Machine, Work, measure_machine, measure_work, packed_bytes
+from ptqsam.estimate import Work, measure_machine, measure_work, memory_in_use, packed_bytes
 from ptqsam.report.summary import align, rule_table
 from ptqsam.solver.calibrate import draw_images
+from ptqsam.solver.loop import RunOptions
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 
@@ -27,34 +30,23 @@ class Images:
     """Images of a stage.
 
     Attributes:
-        name: annotation file.
+        file: annotation file.
         wanted: images to be used; None: all.
-        objects: for each image that will be used, its annotated objects; None where that is not known.
         available: images in the annotation file.
+        objects: image id -> annotated objects, of the images that will be used; None where that is not known.
         problem: what is missing and what to do, or ''.
     """
 
-    name: str
+    file: Path
     wanted: int | None
-    objects: list[int] | None = None
     available: int = 0
+    objects: dict[Any, int] | None = None
     problem: str = ''
 
     @property
     def count(self) -> int | None:
         """Images that will be used, as far as is known."""
         return self.wanted if self.objects is None else len(self.objects)
-
-    def boxes(self, oracle: bool, most: int) -> int | None:
-        """Prompt boxes on all images: as many as there are objects for the oracle, else the most there can be.
-
-        Args:
-            oracle: the annotated boxes are the prompts.
-            most: boxes that are used of an image.
-        """
-        if oracle and self.objects is not None:
-            return sum(min(count, most) for count in self.objects)
-        return None if self.count is None else self.count * most
 
 
 def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
@@ -83,14 +75,17 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
         quantize_model(model.sam, rules)
     packed_size = packed_bytes(model.sam)
 
-    bits = f'W{recipe.bits.weight}A{recipe.bits.act}'
+    stages = {
+        'calibrate': (calibration, min(recipe.calibration.max_boxes, model.options.max_boxes)),
+        'evaluate': (evaluation, model.options.max_boxes),
+    }
     sections = [
-        f'recipe  {recipe.algorithm} {bits}\n{rule_table(rules)}',
-        f'sizes   float {float_size / 1e6:.1f} MB, packed about {packed_size / 1e6:.1f} MB',
-        data_lines(calibration, evaluation, model.sam_checkpoint),
-        estimate_lines(model, (calibration, evaluation), (encoder, decoder), recipe.calibration.max_boxes, float_size),
+        [f'recipe {recipe.algorithm}, W{recipe.bits.weight}A{recipe.bits.act}', rule_table(rules)],
+        [f'size   float {float_size / 1e6:.1f} MB, packed about {packed_size / 1e6:.1f} MB'],
+        data_lines(model, calibration, evaluation),
+        estimate_lines(model, stages, encoder, decoder, float_size),
     ]
-    return '\n\n'.join(sections)
+    return '\n\n'.join('\n'.join(section) for section in sections)
 
 
 def find_images(dataset_config: Any, wanted: int | None, seed: int | None = None) -> Images:
@@ -104,7 +99,7 @@ def find_images(dataset_config: Any, wanted: int | None, seed: int | None = None
     Returns:
         What was found; a missing or damaged file is its `problem`.
     """
-    images = Images(str(dataset_config.get('ann_file', '')), wanted)
+    images = Images(Path(dataset_config.get('data_root') or '', dataset_config.ann_file), wanted)
     try:
         dataset = DATASETS.build(dataset_config)
         dataset.full_init()
@@ -115,7 +110,7 @@ def find_images(dataset_config: Any, wanted: int | None, seed: int | None = None
         images.problem = str(error)
         return images
     infos = [dataset.get_data_info(index) for index in used]
-    images.objects = [sum(not item['ignore_flag'] for item in info['instances']) for info in infos]
+    images.objects = {info['img_id']: sum(not item['ignore_flag'] for item in info['instances']) for info in infos}
     return images
 
 
@@ -129,9 +124,7 @@ def decoder_work(model: Any) -> Work:
     """Cost of one chunk of prompt boxes: decoding, and masks of the size of the image."""
     sam, chunk = model.sam, model.options.chunk_size
     size = (sam.image_size, sam.image_size)
-    embedding = torch.empty(
-        1, sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size, device='meta'
-    )
+    embedding = torch.empty(1, sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size, device='meta')
 
     def forward() -> Tensor:
         logits, _ = model.decode_logits(embedding, torch.empty(chunk, 4))
@@ -140,51 +133,89 @@ def decoder_work(model: Any) -> Work:
     return measure_work(forward)
 
 
-def data_lines(calibration: Images, evaluation: Images, checkpoint: str | None) -> str:
+def data_lines(model: Any, calibration: Images, evaluation: Images) -> list[str]:
     """Images wanted and available, and what is missing."""
     lines = []
     for title, images in (('calibrate', calibration), ('evaluate', evaluation)):
         wanted = 'all' if images.wanted is None else images.wanted
         available = f' of {images.available}' if images.available else ''
-        lines.append(f'{title:9} {wanted}{available} images of {images.name}')
-    lines += [f'missing: {images.problem}' for images in (calibration, evaluation) if images.problem]
-    if checkpoint and not Path(checkpoint).is_file():
-        lines.append(f'missing: {checkpoint}: no such checkpoint; get it with tools/download.py, or set PTQSAM_CKPT')
-    return '\n'.join(lines)
+        lines.append(f'{title:9}  {wanted}{available} images, {images.file}')
+    problems = [images.problem for images in (calibration, evaluation) if images.problem]
+    for checkpoint in (model.sam.checkpoint, getattr(model.detector, 'checkpoint', None)):
+        if checkpoint and not Path(checkpoint).is_file():
+            problems.append(f'{checkpoint}: no such checkpoint; get it with tools/download.py, or set PTQSAM_CKPT')
+    return lines + [f'missing: {problem}' for problem in problems]
+
+
+def box_count(model: Any, images: Images, most: int) -> tuple[int | None, bool]:
+    """Prompt boxes on all images of a stage.
+
+    Args:
+        model: detector-prompted SAM.
+        images: of the stage.
+        most: boxes that are used of an image.
+
+    Returns:
+        Their number as far as is known, and whether that is only what there can be at most.
+    """
+    counts = known_counts(model, images)
+    if counts is not None:
+        return sum(min(count, most) for count in counts), False
+    return None if images.count is None else images.count * most, True
+
+
+def known_counts(model: Any, images: Images) -> list[int] | None:
+    """Prompt boxes of each image: the annotated ones for the oracle, else those in the box cache, if all are there."""
+    if images.objects is None:
+        return None
+    if model.detector.from_annotations:
+        return list(images.objects.values())
+    try:
+        identity = model.detector.identity()
+    except AssetError:  # its checkpoint is missing, which `data_lines` tells
+        return None
+    for path in Path(os.environ.get('PTQSAM_CACHE', RunOptions.cache_dir)).glob(f'boxes_{images.file.stem}_*.json'):
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if content['made_with']['detector'] == identity and images.objects.keys() <= set(content['image_ids']):
+            used = [item for item in content['detections'] if item['score'] >= model.options.score_thr]
+            counts = Counter(item['image_id'] for item in used)
+            return [counts[image_id] for image_id in images.objects]
+    return None
 
 
 def estimate_lines(
-    model: Any, images: tuple[Images, Images], work: tuple[Work, Work], max_boxes: int, weights: int
-) -> str:
+    model: Any, stages: dict[str, tuple[Images, int]], encoder: Work, decoder: Work, weights: int
+) -> list[str]:
     """Rough time and memory per stage on this machine.
 
     Args:
         model: detector-prompted SAM.
-        images: of calibration and of evaluation.
-        work: of one image (encoder) and of one chunk of boxes (decoder).
-        max_boxes: boxes of a calibration image.
+        stages: name -> its images, and the boxes that are used of an image.
+        encoder: work for one image.
+        decoder: work for one chunk of boxes.
         weights: bytes of SAM.
     """
     device = torch.device(get_device())
-    machine = measure_machine(device)
-    encoder, decoder = work
-    chunk, most = model.options.chunk_size, model.options.max_boxes
-    oracle = model.detector.identity() is None
-    memory = process_bytes(device) + weights + max(encoder.peak, decoder.peak)
-    rows = [('stage', 'images', 'boxes', 'time', 'memory')]
-    for stage, used, limit in zip(('calibrate', 'evaluate'), images, (min(max_boxes, most), most), strict=True):
-        boxes = used.boxes(oracle, limit)
-        if used.count is None or boxes is None:
-            rows.append((stage, '?', '?', '?', gigabytes(memory)))
-            continue
-        seconds = used.count * machine.seconds(encoder) + boxes / chunk * machine.seconds(decoder)
-        at_most = '' if oracle else 'at most '
-        rows.append((stage, str(used.count), f'{at_most}{boxes}', duration(seconds), gigabytes(memory)))
-    return '\n'.join(
-        [
-            f'encoder {encoder.flops / 1e9:.1f} GFLOP per image, decoder {decoder.flops / chunk / 1e9:.2f} per box',
-            f'this machine ({device.type}) now: {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s',
-            align(rows),
-            'time and memory are rough',
-        ]
-    )
+    memory = memory_in_use(device) + weights + max(encoder.peak, decoder.peak)
+    machine, chunk = measure_machine(device), model.options.chunk_size
+    rows: list[tuple[str, ...]] = [('stage', 'images', 'boxes', 'time', 'memory')]
+    for stage, (images, most) in stages.items():
+        boxes, bound = box_count(model, images, most)
+        row = ['?', '?', '?']
+        if images.count is not None and boxes is not None:
+            seconds = images.count * machine.seconds(encoder) + boxes / chunk * machine.seconds(decoder)
+            row = [str(images.count), f'{"at most " * bound}{boxes}', duration(seconds)]
+        rows.append((stage, *row, f'{memory / 1e9:.1f} GB'))
+    return [
+        f'encoder {encoder.flops / 1e9:.1f} GFLOP per image, decoder {decoder.flops / chunk / 1e9:.2f} GFLOP per box',
+        f'{device.type} at present: {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s',
+        align(rows),
+        'time and memory are rough; the detector and the loading of images come on top',
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Time in the unit that suits it."""
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

@@ -21,10 +21,10 @@ from ptqsam.checkpoint import MANIFEST, float_bytes, load_packed, read_manifest,
 from ptqsam.config import parse_quant_config
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
-from ptqsam.fileio import fingerprint, sha256_file, write_json
+from ptqsam.fileio import fingerprint, write_json
 from ptqsam.progress import progress
-from ptqsam.registry import SOLVER_HOOKS
-from ptqsam.report import Gallery, write_summary
+from ptqsam.registry import SOLVER_HOOKS, build_part
+from ptqsam.report import Gallery, plot_quantization_errors, write_summary
 from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, check_no_overlap, draw_images
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.prepare import quantize_model
@@ -64,7 +64,7 @@ class PTQLoop(TestLoop):
     """Quantize the SAM of a detector-prompted model and evaluate it.
 
     At each stage the runner's hooks are called: `before_<stage>` and `after_<stage>` for prepare, calibrate, freeze,
-    evaluate and report. Between `after_freeze` and evaluation stands the gate.
+    evaluate and report, and `after_failure` if one fails. Between `after_freeze` and evaluation stands the gate.
 
     Args:
         runner: mmengine runner; its model has a child `sam` and a method `attach_boxes`.
@@ -102,7 +102,7 @@ class PTQLoop(TestLoop):
         show_dir = self.options.show_dir
         self.gallery = Gallery(Path(show_dir), self.dataloader.dataset) if show_dir else None
         for part in self.recipe.hooks:
-            runner.register_hook(SOLVER_HOOKS.build(dict(type=part.type, **part.kwargs())))
+            runner.register_hook(build_part(SOLVER_HOOKS, part.type, **part.kwargs()))
 
     @property
     def work_dir(self) -> Path:
@@ -126,6 +126,15 @@ class PTQLoop(TestLoop):
         Returns:
             Metrics of the quantized model.
         """
+        try:
+            self.run_stages()
+        except BaseException:
+            self.runner.call_hook('after_failure')
+            raise
+        return self.metrics['quant'] or {}
+
+    def run_stages(self) -> None:
+        """Stage after stage, with the gate before evaluation."""
         self.model.eval()
         with self.stage('prepare'):
             origin, ready = self.prepare()
@@ -142,7 +151,6 @@ class PTQLoop(TestLoop):
             self.metrics['quant'] = self.evaluate('quant')
         with self.stage('report'):
             self.report()
-        return self.metrics['quant']
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -167,7 +175,7 @@ class PTQLoop(TestLoop):
         origin = self.origin()
         ready = Path(options.load) if options.load else self.find_resumable(origin)
         if options.eval_fp:
-            self.metrics['fp'] = self.evaluate_float(origin)
+            self.metrics['fp'] = self.evaluate_float()
         self.float_structure = structure(self.target)
         self.size_mb['fp'] = megabytes(float_bytes(self.target))
         if ready is None:
@@ -203,15 +211,11 @@ class PTQLoop(TestLoop):
 
     def origin(self) -> dict[str, Any]:
         """What a quantized model depends on; a resumed run must agree in all of it."""
-        checkpoint = self.model.sam_checkpoint
         return dict(
             ptqsam=__version__,
-            sam=fingerprint(self.model.sam_config),
-            checkpoint=sha256_file(checkpoint) if checkpoint and Path(checkpoint).is_file() else None,
             recipe=fingerprint(self.recipe.plain()),
-            prompts=fingerprint(self.model.prompt_config),
             calibration_images=fingerprint(image_names(self.calib_loader.dataset)),
-            images=fingerprint(image_names(self.dataloader.dataset)),
+            **self.model.origin(),
         )
 
     def find_resumable(self, origin: dict[str, Any]) -> Path | None:
@@ -224,7 +228,7 @@ class PTQLoop(TestLoop):
         if not self.options.resume or not (packed / MANIFEST).is_file():
             return None
         earlier = read_manifest(packed)['origin']
-        if differing := [key for key in origin if key != 'images' and earlier.get(key) != origin[key]]:
+        if differing := [key for key in origin if earlier.get(key) != origin[key]]:
             raise ConfigError(
                 f'--resume: {packed} differs from this run in {", ".join(differing)}; '
                 'run without --resume or with another --work-dir'
@@ -249,10 +253,10 @@ class PTQLoop(TestLoop):
             )
             self.size_mb['packed'] = megabytes(size)
 
-    def evaluate_float(self, origin: dict[str, Any]) -> dict[str, float]:
+    def evaluate_float(self) -> dict[str, float]:
         """Metrics of the float model; taken from an earlier run when resuming, unless pictures are wanted."""
         path = self.work_dir / 'fp.json'
-        conditions = {key: origin[key] for key in ('sam', 'checkpoint', 'prompts', 'images')}
+        conditions = self.model.origin() | dict(images=fingerprint(image_names(self.dataloader.dataset)))
         if self.options.resume and self.gallery is None and path.is_file():
             earlier = json.loads(path.read_text(encoding='utf-8'))
             if earlier['conditions'] == conditions:
@@ -281,16 +285,16 @@ class PTQLoop(TestLoop):
         return {key.split('/')[-1]: float(value) for key, value in metrics.items()}
 
     def report(self) -> None:
-        """Write `result.json` and `summary.csv`."""
+        """Write `result.json`, `summary.csv` and a plot of it."""
         options = self.options
         self.result = dict(
             model=options.model,
             quant=options.quant,
             algorithm=self.recipe.algorithm,
             bits=self.recipe.bits.model_dump(),
-            metrics=self.metrics,
-            size_mb=self.size_mb,
-            seconds=self.seconds,
+            metrics=dict(self.metrics),
+            size_mb=dict(self.size_mb),
+            seconds=dict(self.seconds),
             peak_memory_mb=peak_memory_mb(),
             compat=[name for name, on in self.recipe.compat.model_dump().items() if on],
             seed=options.seed,
@@ -300,6 +304,7 @@ class PTQLoop(TestLoop):
         if is_main_process():
             write_json(self.work_dir / 'result.json', self.result)
             write_summary(self.work_dir / 'summary.csv', self.rules.enabled, self.errors)
+            plot_quantization_errors(self.work_dir / 'sqnr.png', self.rules.enabled, self.errors)
 
 
 def image_names(dataset: Any) -> list[str]:

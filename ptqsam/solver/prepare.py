@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from ptqsam.errors import ConfigError
-from ptqsam.modules import PassThrough, QuantModule, QuantOp, child_role
-from ptqsam.modules.base import qualified_name
+from ptqsam.modules import PassThrough, QuantOp, child_role
+from ptqsam.modules.base import replacement_for
 from ptqsam.quantizers import Quantizer
-from ptqsam.registry import QUANT_MODULES, QUANTIZERS
+from ptqsam.registry import QUANTIZERS, build_part
 from ptqsam.solver.rules import Choice, Point, RuleBook
 
 
@@ -34,7 +34,7 @@ class Builder:
 
     def convert(self, module: nn.Module, name: str, role: str = '') -> nn.Module:
         """Replacement of a child, or the child itself where it has none or nothing in it is quantized."""
-        replacement = QUANT_MODULES.get(qualified_name(module))
+        replacement = replacement_for(module)
         if replacement is None:
             swap_children(module, self.rules, _join(self.path, name))
             return module
@@ -48,12 +48,10 @@ def build_quantizer(choice: Choice) -> Quantizer:
     Raises:
         ConfigError: unknown type, or arguments that its constructor refuses.
     """
-    args = choice.build_args()
     try:
-        quantizer = QUANTIZERS.build(args)
-    except (KeyError, TypeError, AssertionError, ValueError) as error:
-        reason = str(error).strip('"\'').split('\n')[0]
-        raise ConfigError(f'{choice.rule}: cannot build {args} for {choice.point.path} ({reason})') from None
+        quantizer = build_part(QUANTIZERS, **choice.build_args())
+    except ConfigError as error:
+        raise ConfigError(f'{choice.rule}: {error}') from None
     quantizer.path = choice.point.path
     return quantizer
 
@@ -113,15 +111,3 @@ def act_quantizers(model: nn.Module) -> list[Quantizer]:
 def _join(path: str, name: str) -> str:
     return f'{path}.{name}' if path else name
 
-
-__all__ = [
-    'Builder',
-    'QuantModule',
-    'act_quantizers',
-    'build_quantizer',
-    'quant_ops',
-    'quantize_model',
-    'quantizers',
-    'swap_children',
-    'weight_quantizers',
-]

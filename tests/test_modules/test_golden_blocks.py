@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ptqsam.config import parse_quant_config
 from ptqsam.modules import PassThrough
-from ptqsam.solver.prepare import quantize_model, quantizers
+from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
 from ptqsam.solver.rules import RuleBook
-from tests.golden import load_case
+from tests.golden import Case, cases
 
 RECIPE = {
     'algorithm': 'golden',
@@ -34,12 +34,12 @@ class PublishedAGQ(PassThrough):
 
 
 BLOCKS = {
-    '13_block_mlp_gelu_b6.npz': lambda p: MLPBlock(p['dim'], p['hidden']),
-    '13_block_encoder_attn_b6.npz': lambda p: image_encoder.Attention(
+    '13_block_mlp_gelu_b6': lambda p: MLPBlock(p['dim'], p['hidden']),
+    '13_block_encoder_attn_b6': lambda p: image_encoder.Attention(
         p['dim'], p['heads'], use_rel_pos=True, input_size=tuple(p['size'])
     ),
-    '13_block_decoder_attn_b6.npz': lambda p: transformer.Attention(p['dim'], p['heads'], p['downsample']),
-    '13_block_twoway_b6.npz': lambda p: transformer.TwoWayAttentionBlock(
+    '13_block_decoder_attn_b6': lambda p: transformer.Attention(p['dim'], p['heads'], p['downsample']),
+    '13_block_twoway_b6': lambda p: transformer.TwoWayAttentionBlock(
         p['dim'], p['heads'], p['mlp'], attention_downsample_rate=p['downsample']
     ),
 }
@@ -55,72 +55,59 @@ def golden_name(path):
     return f'{parent}.{POINTS[point]}'.removeprefix('.')
 
 
-def build(file):
-    case, data = load_case(file)
+def build(entry):
+    case = Case(entry)
     model = nn.Module()
-    model.block = BLOCKS[file](case['parameters']).eval()
-    weights = {name.removeprefix('w.'): torch.from_numpy(x) for name, x in data.items() if name.startswith('w.')}
-    model.block.load_state_dict(weights)
-    rules = RuleBook(parse_quant_config(RECIPE, 'golden'))
-    quantize_model(model, rules)
-    return case, data, model, rules
+    model.block = BLOCKS[case.name](case.parameters).eval()
+    model.block.load_state_dict({n.removeprefix('w.'): torch.from_numpy(x) for n, x in case.inputs.items() if n[0] == 'w'})
+    quantize_model(model, RuleBook(parse_quant_config(RECIPE, 'golden')))
+    return case, model
 
 
-def inputs(data, prefix):
-    names = sorted(name for name in data if name.startswith(prefix))
-    return [torch.from_numpy(data[name]) for name in names]
+def inputs(case, prefix):
+    names = sorted(name for name in case.inputs if name.startswith(prefix))
+    return [torch.from_numpy(case.inputs[name]) for name in names]
 
 
-@pytest.mark.parametrize('file', BLOCKS)
+@pytest.mark.parametrize('entry', cases('13_block'))
 @torch.no_grad()
-def test_placement(file):
-    case, data, model, rules = build(file)
-    outputs = {}
+def test_placement(entry):
+    case, model = build(entry)
+    results = {}
     names = {golden_name(q.path): q for q in quantizers(model)}
-    assert set(names) == {name[2:].rpartition('.')[0] for name in data if name.startswith('q.') and name.endswith('scale')}
+    assert set(names) == {n[2:].rpartition('.')[0] for n in case.outputs if n.startswith('q.') and n.endswith('scale')}
     for name, quantizer in names.items():
         if 'softmax' in name:
             parent = model.get_submodule(quantizer.path.rpartition('.')[0])
-            parent.softmax = PublishedAGQ(data[f'q.{name}.scale'], data[f'q.{name}.tau'])
-            quantizer = parent.softmax
+            quantizer = PublishedAGQ(case.outputs[f'q.{name}.scale'], case.outputs[f'q.{name}.tau'])
+            parent.softmax = quantizer
         else:
+            parameters = {key: torch.from_numpy(case.outputs[f'q.{name}.{key}']) for key in ('scale', 'zero_point')}
             per_tensor = quantizer.ch_axis is None
-            parameters = {key: torch.from_numpy(data[f'q.{name}.{key}']) for key in ('scale', 'zero_point')}
             quantizer.load_state_dict({key: x.squeeze() if per_tensor else x for key, x in parameters.items()})
             quantizer.mode = 'quantize'
-        quantizer.register_forward_hook(lambda module, args, y, name=name: outputs.__setitem__(f'a.{name}', y.clone()))
-    result = model.block(*inputs(data, 'x'))
-    results = result if isinstance(result, tuple) else (result,)
-    outputs |= {f'y{i}': y for i, y in enumerate(results)}
-    compared = [name for name in data if name.startswith(('a.', 'y'))]
+        quantizer.register_forward_hook(lambda module, args, y, name=name: results.__setitem__(f'a.{name}', y.clone()))
+    result = model.block(*inputs(case, 'x'))
+    results |= {f'y{i}': y for i, y in enumerate(result if isinstance(result, tuple) else (result,))}
+    compared = [name for name in case.outputs if name.startswith(('a.', 'y'))]
     assert len(compared) > 2
     for name in compared:
-        golden = torch.from_numpy(data[name])
-        tolerance = case['tolerance'][name]
-        assert tolerance['criterion'] == 'rel_l2'
-        mine = outputs[name].reshape(golden.shape)
-        assert (mine - golden).norm() <= tolerance['rtol'] * golden.norm(), name
+        assert case.tolerance[name]['criterion'] == 'rel_l2'
+        case.check(name, results[name])
 
 
-@pytest.mark.parametrize('file', BLOCKS)
+@pytest.mark.parametrize('entry', cases('13_block'))
 @torch.no_grad()
-def test_calibration(file):
-    case, data, model, _ = build(file)
-    acts = [q for q in quantizers(model) if not q.path.endswith('.weight')]
+def test_calibration(entry):
+    case, model = build(entry)
+    acts = [q for q in act_quantizers(model) if 'softmax' not in q.path]  # theirs searches a logarithmic scale
     for quantizer in acts:
         quantizer.mode = 'observe'
     for call in ('cal0_', 'cal1_'):
-        model.block(*inputs(data, call))
-    checked = 0
+        model.block(*inputs(case, call))
+    assert len(acts) >= 2
     for quantizer in acts:
         quantizer.mode = 'quantize'
         name = golden_name(quantizer.path)
-        if 'softmax' in name:
-            continue
-        torch.testing.assert_close(
-            quantizer.scale.reshape(1), torch.from_numpy(data[f'q.{name}.scale']), rtol=1e-4, atol=0
-        )
-        assert int(quantizer.zero_point) == int(data[f'q.{name}.zero_point'][0]), name
-        checked += 1
-    assert checked >= 2
-    assert {case['tolerance'][f'q.{golden_name(q.path)}.scale']['criterion'] for q in acts} <= {'allclose', 'info', 'not_worse'}
+        case.check(f'q.{name}.scale', quantizer.scale.numpy())
+        case.check(f'q.{name}.zero_point', quantizer.zero_point.numpy())

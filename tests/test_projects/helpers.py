@@ -37,8 +37,8 @@ def instances(boxes, scores=None, labels=None):
     count = len(bboxes)
     return InstanceData(
         bboxes=bboxes,
-        scores=torch.ones(count) if scores is None else torch.tensor(scores),
-        labels=torch.zeros(count, dtype=torch.long) if labels is None else torch.tensor(labels),
+        scores=torch.ones(count) if scores is None else torch.tensor(scores, dtype=torch.float32),
+        labels=torch.zeros(count, dtype=torch.long) if labels is None else torch.tensor(labels, dtype=torch.long),
     )
 
 

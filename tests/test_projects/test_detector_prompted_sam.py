@@ -1,6 +1,6 @@
 """Boxes to masks: equal to segment_anything's own predictor, in chunks, for any number of boxes."""
 
-import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from projects.instance_segment_anything import DetectorPromptedSAM, SegmentAnything, decode_masks
+from projects.instance_segment_anything import DetectorPromptedSAM, decode_masks
 from projects.instance_segment_anything.transforms import LoadImage, ResizeLongestSide
 from ptqsam.errors import ConfigError
 from tests.test_projects.helpers import PREPROCESSOR, instances, make_model, make_sample, random_boxes
@@ -16,6 +16,7 @@ from tests.test_projects.helpers import PREPROCESSOR, instances, make_model, mak
 
 def predictor_of(sam):
     """segment_anything's predictor over the same modules."""
+    sam.image_encoder.img_size = sam.image_size  # TinyViT does not know its input size, the predictor asks for it
     return SamPredictor(Sam(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder).eval())
 
 
@@ -43,9 +44,7 @@ def check_against_predictor(model, image, boxes):
         embeddings = model.encode(inputs)
     assert torch.equal(embeddings, predictor.features)
     for multimask in (False, True):
-        model.options = copy.replace(model.options, multimask=multimask) if hasattr(copy, 'replace') else replace(
-            model.options, multimask=multimask
-        )
+        model.options = replace(model.options, multimask=multimask)
         logits, iou, _ = predictor.predict_torch(
             None, None, boxes=resized, multimask_output=multimask, return_logits=True
         )
@@ -56,12 +55,6 @@ def check_against_predictor(model, image, boxes):
         assert np.array_equal(decode_masks(found.masks, image.shape[:2]), expected)
         assert torch.equal(found.mask_scores, iou[rows, best])
         assert 0 < expected.mean() < 1, 'the comparison says nothing about empty or full masks'
-
-
-def replace(options, **changes):
-    import dataclasses
-
-    return dataclasses.replace(options, **changes)
 
 
 @pytest.mark.parametrize('shape', [(48, 70), (90, 31), (64, 64)])
@@ -78,3 +71,124 @@ def test_equals_segment_anything_with_real_weights(assets):
     path = sorted((assets / 'data' / 'coco' / 'val2017').glob('*.jpg'))[0]
     image = LoadImage().transform({'img_path': str(path)})['img']
     check_against_predictor(model, image, random_boxes(3, *image.shape[:2]))
+
+
+def test_preprocessing_equals_segment_anything():
+    model = make_model()
+    image = random_image(40, 90)
+    inputs, _ = preprocess(model, image)
+    predictor = predictor_of(model.sam)
+    resized = torch.from_numpy(predictor.transform.apply_image(np.ascontiguousarray(image[..., ::-1])))
+    assert torch.equal(inputs, predictor.model.preprocess(resized.permute(2, 0, 1)[None]))
+
+
+def run(model, proposals, shape=(48, 70)):
+    inputs, samples = preprocess(model, random_image(*shape), proposals)
+    return model.predict(inputs, samples)[0].pred_instances
+
+
+def test_chunks_do_not_change_the_masks():
+    boxes = instances(random_boxes(7, 48, 70))
+    whole, parts = (run(make_model(chunk_size=size), boxes) for size in (16, 3))
+    assert whole.masks == parts.masks
+    assert torch.allclose(whole.mask_scores, parts.mask_scores, atol=1e-6)
+
+
+def test_large_images_are_scaled_in_parts(monkeypatch):
+    boxes = instances(random_boxes(5, 48, 70))
+    whole = run(make_model(), boxes)
+    monkeypatch.setattr('projects.instance_segment_anything.detector_prompted_sam._MAX_PIXELS', 2 * 64 * 64)
+    assert run(make_model(), boxes).masks == whole.masks
+
+
+def test_no_boxes_give_empty_predictions():
+    found = run(make_model(), instances([]))
+    assert len(found) == 0
+    assert found.bboxes.shape == (0, 4)
+    assert found.scores.shape == found.labels.shape == found.mask_scores.shape == (0,)
+    assert found.masks == []
+    assert decode_masks(found.masks, (48, 70)).shape == (0, 48, 70)
+
+
+def test_selection_by_score_and_number():
+    boxes = instances(random_boxes(5, 48, 70), scores=[0.3, 0.9, 0.04, 0.9, 0.05], labels=[0, 1, 2, 3, 4])
+    assert run(make_model(), boxes).labels.tolist() == [1, 3, 0, 4]
+    assert run(make_model(max_boxes=2), boxes).labels.tolist() == [1, 3]
+    assert run(make_model(score_thr=0.0), boxes).labels.tolist() == [1, 3, 0, 4, 2]
+    assert len(run(make_model(score_thr=0.95), boxes)) == 0
+
+
+def test_boxes_of_the_original_image_are_returned():
+    boxes = random_boxes(4, 48, 70)
+    assert torch.equal(run(make_model(), instances(boxes)).bboxes, boxes)
+
+
+def test_score_of_an_instance():
+    boxes = instances(random_boxes(3, 48, 70), scores=[0.8, 0.7, 0.6])
+    plain = run(make_model(use_sam_iou=False), boxes)
+    times_iou = run(make_model(), boxes)
+    assert torch.equal(plain.mask_scores, boxes.scores)
+    assert torch.equal(times_iou.scores, boxes.scores)
+    inputs, samples = preprocess(make_model(), random_image(48, 70))
+    model = make_model()
+    with torch.no_grad():
+        _, iou = model.decode_logits(
+            model.encode(inputs), boxes.bboxes * torch.tensor(samples[0].scale_factor).repeat(2)
+        )
+    assert torch.allclose(times_iou.mask_scores, boxes.scores * iou)
+
+
+def test_cascade_feeds_the_mask_back():
+    model = make_model()
+    inputs, _ = preprocess(model, random_image(48, 70))
+    boxes = random_boxes(3, 64, 64)
+    with torch.no_grad():
+        embedding = model.encode(inputs)
+        logits, _ = model.sam.decode(embedding, boxes)
+        expected, expected_iou = model.sam.decode(embedding, boxes, logits)
+        model.options = replace(model.options, cascade=1)
+        found, iou = model.decode_logits(embedding, boxes)
+    assert torch.equal(found, expected[:, 0])
+    assert torch.equal(iou, expected_iou[:, 0])
+    assert not torch.equal(found, logits[:, 0])
+
+
+def test_batch_of_images_equals_one_by_one():
+    model = make_model()
+    images = [random_image(48, 70), random_image(64, 40)]
+    proposals = [instances(random_boxes(3, *image.shape[:2])) for image in images]
+    singles = [preprocess(model, image, boxes) for image, boxes in zip(images, proposals, strict=True)]
+    alone = [model.predict(inputs, samples)[0].pred_instances for inputs, samples in singles]
+    both = model.predict(torch.cat([inputs for inputs, _ in singles]), [samples[0] for _, samples in singles])
+    for one, sample in zip(alone, both, strict=True):
+        assert (
+            np.mean(
+                decode_masks(one.masks, sample.ori_shape) != decode_masks(sample.pred_instances.masks, sample.ori_shape)
+            )
+            < 1e-3
+        )
+        assert torch.allclose(one.mask_scores, sample.pred_instances.mask_scores, atol=1e-5)
+
+
+def test_detector_is_neither_built_nor_part_of_the_model(tmp_path):
+    model = make_model(detector='mmdet::yolox/yolox_nano_8xb8-300e_coco.py')
+    run(model, instances(random_boxes(2, 48, 70)))  # needs no detector, hence no checkpoint of one
+    assert {key.split('.')[0] for key in model.state_dict()} == {'sam'}
+    inputs, samples = preprocess(model, random_image(48, 70))
+    with pytest.raises(ConfigError, match='detector_checkpoint is missing'):
+        model.predict(inputs, samples)
+
+
+@pytest.mark.parametrize(
+    ('test_cfg', 'says'),
+    [(dict(score_threshold=0.1), "did you mean 'score_thr'"), (dict(chunk_size=0), 'chunk_size=0 is too small')],
+)
+def test_bad_test_cfg(test_cfg, says):
+    with pytest.raises(ConfigError, match=says):
+        make_model(**test_cfg)
+
+
+@pytest.mark.parametrize('mode', ['loss', 'tensor'])
+def test_training_is_refused(mode):
+    with pytest.raises(NotImplementedError, match='DetectorPromptedSAM has no'):
+        make_model()(torch.zeros(1, 3, 64, 64), [], mode=mode)

@@ -10,7 +10,12 @@ from ptqsam.errors import AssetError, ConfigError
 DECODER = dict(out_chans=16, decoder_num_heads=2, decoder_mlp_dim=32, iou_head_hidden_dim=16)
 VIT = dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=2, **DECODER)
 TINY_VIT = dict(
-    encoder='tiny_vit', embed_dims=(16, 16, 32), depths=(1, 1, 1), num_heads=(1, 2, 2), window_sizes=(4, 4, 2), **DECODER
+    encoder='tiny_vit',
+    embed_dims=(8, 16, 16, 32),
+    depths=(1, 1, 1, 1),
+    num_heads=(1, 2, 2, 2),
+    window_sizes=(4, 4, 4, 2),
+    **DECODER,
 )
 
 
@@ -44,9 +49,7 @@ def test_key_layout_is_the_official_one(arch):
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in official.items()}
 
 
-@pytest.mark.parametrize(
-    ('arch', 'millions'), [('vit_b', 93.7), ('vit_l', 312.3), ('vit_h', 641.1), ('mobile', 9.8)]
-)
+@pytest.mark.parametrize(('arch', 'millions'), [('vit_b', 93.7), ('vit_l', 312.3), ('vit_h', 641.1), ('mobile', 9.8)])
 def test_number_of_parameters(arch, millions):
     model = on_meta(arch)
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
@@ -115,14 +118,18 @@ def test_mobile_is_recognised_by_official_names():
 
 def test_other_sams_and_no_sam_are_recognised():
     assert describe_sam(on_meta(VIT).state_dict()) == 'a SAM ViT of width 32 and depth 2'
-    assert describe_sam(on_meta(TINY_VIT).state_dict()) == 'a TinyViT SAM of widths (16, 16, 32)'
+    assert describe_sam(on_meta(TINY_VIT).state_dict()) == 'a TinyViT SAM of widths (8, 16, 16, 32)'
     assert describe_sam({'backbone.conv1.weight': torch.zeros(1)}) is None
 
 
 @pytest.mark.parametrize(
     ('file_arch', 'model_arch', 'says'),
     [
-        (TINY_VIT, VIT, 'holds a TinyViT SAM of widths (16, 16, 32), but the model is a SAM ViT of width 32 and depth 2'),
+        (
+            TINY_VIT,
+            VIT,
+            'holds a TinyViT SAM of widths (8, 16, 16, 32), but the model is a SAM ViT of width 32 and depth 2',
+        ),
         (VIT, TINY_VIT, 'holds a SAM ViT of width 32 and depth 2, but the model is a TinyViT SAM'),
         (VIT, {**VIT, 'depth': 3}, 'depth 2, but the model is a SAM ViT of width 32 and depth 3'),
     ],
@@ -149,6 +156,7 @@ def test_checkpoint_of_something_else(tmp_path):
         (dict(arch='vit_x'), "'vit_x' is unknown"),
         (dict(arch=dict(embed_dims=32)), "did you mean 'embed_dim'"),
         (dict(arch=dict(encoder='swin')), "'swin' is unknown"),
+        (dict(arch={**TINY_VIT, 'depths': (1, 1, 1)}), 'depths=.* must have four entries'),
         (dict(arch=VIT, image_size=100), 'multiple of 16'),
     ],
 )

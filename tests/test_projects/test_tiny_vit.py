@@ -7,7 +7,9 @@ from projects.instance_segment_anything import SegmentAnything, TinyViTEncoder
 from projects.instance_segment_anything.tiny_vit import from_official
 from ptqsam.weights import load_weights
 
-SMALL = dict(embed_dims=(16, 16, 32), depths=(1, 1, 2), num_heads=(1, 2, 2), window_sizes=(4, 4, 2), out_chans=8)
+SMALL = dict(
+    embed_dims=(8, 16, 16, 32), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2), window_sizes=(4, 4, 4, 2), out_chans=8
+)
 
 
 def test_official_file_is_used_to_the_last_tensor(assets):

@@ -5,13 +5,12 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from ptqsam.cli import main
-from tests.tiny import ROOT, run_tool
+from tests.tiny import run_tool, tool_command
 
 FILES = {'result.json', 'summary.csv', 'sqnr.png', 'fp.json', 'packed'}
 
@@ -84,8 +83,8 @@ def test_load_gives_the_same_metrics_without_calibration_or_checkpoint(finished,
 def test_resume_after_kill(finished, tiny, tmp_path):
     """Killed as soon as the packed checkpoint is there; the resumed run does not calibrate again."""
     args = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--eval-fp', '--work-dir', tmp_path / 'w']
-    command = [sys.executable, ROOT / 'tools/test_quant.py', *args]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(**tool_command(*args), cwd=tmp_path, **quiet) as process:
         while not (tmp_path / 'w/packed/manifest.json').exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
@@ -103,8 +102,8 @@ def test_resume_refuses_another_recipe(finished, tiny, tmp_path):
 
 
 def test_interrupt_leaves_one_line_and_no_half_written_file(tiny, tmp_path):
-    command = [sys.executable, ROOT / 'tools/test_quant.py', tiny / 'tiny.py', tiny / 'recipe.yaml', '--work-dir', 'w']
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = tool_command(tiny / 'tiny.py', tiny / 'recipe.yaml', '--work-dir', 'w')
+    with subprocess.Popen(**command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not (tmp_path / 'w').exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(1)

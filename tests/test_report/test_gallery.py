@@ -1,5 +1,6 @@
 """Pictures: what is on them is what the models predicted, and says so."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mmdet.datasets import CocoDataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -107,13 +109,10 @@ def test_tensors_and_run_lengths_give_the_same_picture(tmp_path):
 
 
 def test_real_coco_dataset(scenes, tmp_path):
-    datasets = pytest.importorskip('mmdet.datasets', exc_type=ImportError)
     annotations = scenes / 'annotations' / 'instances_val.json'
-    import json
-
     classes = tuple(one['name'] for one in json.loads(annotations.read_text())['categories'])
     images = next(folder.name for folder in scenes.iterdir() if folder.is_dir() and 'val' in folder.name)
-    dataset = datasets.CocoDataset(
+    dataset = CocoDataset(
         ann_file=str(annotations),
         data_prefix=dict(img=str(scenes / images)),
         metainfo=dict(classes=classes),
@@ -159,6 +158,18 @@ def test_an_empty_mask_shows_as_its_box(tmp_path):
     left, top, right, bottom = RIGHT
     assert not is_tinted(quantized, rectangle(left + 4, top + 4, right - 4, bottom - 4)).any()
     assert is_tinted(quantized, rectangle(left, top, right, top + 1)).all()
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_small_objects_lie_on_large_ones(order):
+    small, large = rectangle(100, 100, 120, 120), np.ones((HEIGHT, WIDTH), bool)
+    masks = [rle(mask) for mask in (small, large)][::order]
+    objects = Objects(masks, np.zeros((2, 4)), np.arange(2), 2)
+    image = np.full((HEIGHT, WIDTH, 3), GREY, np.uint8)
+    picture = gallery.panel(image, objects, np.arange(2)[::order], 'title', 'note')[CAPTION:]
+    below = GREY * (1 - gallery.FILL_OPACITY) + np.array(gallery.colour(1)) * gallery.FILL_OPACITY
+    above = below * (1 - gallery.FILL_OPACITY) + np.array(gallery.colour(0)) * gallery.FILL_OPACITY
+    assert np.abs(picture[110, 110] - above).max() <= 2
 
 
 def test_weak_boxes_are_left_out_and_counted(tmp_path):
@@ -222,8 +233,7 @@ def test_unreadable_image(tmp_path):
 def test_annotations_of_all_formats():
     x1, y1, x2, y2 = LEFT
     polygon = [[x1, y1, x2, y1, x2, y2, x1, y2], [300, 10, 320, 10, 320, 30, 300, 30]]
-    runs = [y1, y2 - y1, HEIGHT - (y2 - y1)]
-    uncompressed = dict(size=[HEIGHT, 1], counts=[y1, y2 - y1, HEIGHT - y2])
+    uncompressed = dict(size=[HEIGHT, 1], counts=[y1, y2 - y1, HEIGHT - y2])  # one column
     compressed = rle(rectangle(*RIGHT))
     text = dict(compressed, counts=compressed['counts'].decode())
     masks = (polygon, compressed, text)
@@ -236,8 +246,7 @@ def test_annotations_of_all_formats():
     for mask, pixels in zip(truth.masks, expected, strict=True):
         assert (coco_mask.decode(mask) == pixels).all()
     column = coco_mask.decode(gallery.annotated_mask(uncompressed, HEIGHT, 1))[:, 0]
-    assert column.sum() == runs[1]
-    assert column[y1:y2].all()
+    assert np.flatnonzero(column).tolist() == list(range(y1, y2))
 
 
 def objects_of(*masks: np.ndarray) -> Objects:
@@ -265,6 +274,8 @@ def test_ground_truth_has_the_colour_of_its_prompt_box():
     predicted = Objects([], np.array([RIGHT, LEFT], np.float32), np.array([3, 7]), 10)
     boxes = np.array([LEFT, (0, 0, 20, 20), RIGHT], np.float32)
     assert gallery.match_colours(boxes, predicted).tolist() == [7, 11, 3]
+    barely = np.array([(140, 60, 260, 220)], np.float32)  # IoU with either box below one half
+    assert gallery.match_colours(barely, predicted).tolist() == [10]
     assert gallery.match_colours(boxes[:0], predicted).tolist() == []
 
 

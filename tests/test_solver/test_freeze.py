@@ -71,7 +71,7 @@ TAMPERINGS = {
 }
 
 
-@SOLVER_HOOKS.register_module(name='tests.Tamper')
+@SOLVER_HOOKS.register_module()
 class Tamper(Hook):
     """Does harm between freezing and the gate."""
 
@@ -85,7 +85,7 @@ class Tamper(Hook):
 @pytest.mark.parametrize('tampering', TAMPERINGS, ids=lambda f: f.__name__)
 def test_gate_stops_a_tampered_model(tampering, tiny, tmp_path, capsys):
     recipe = tmp_path / 'recipe.yaml'
-    hook = f'hooks: [{{type: tests.Tamper, how: {tampering.__name__}}}]\n'
+    hook = f'hooks: [{{type: Tamper, how: {tampering.__name__}}}]\n'
     recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\n{hook}')
     assert main([str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(tmp_path / 'w')]) == 4
     error = capsys.readouterr().err.strip().split('\n')[-1]

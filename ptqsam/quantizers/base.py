@@ -1,0 +1,172 @@
+"""What every quantizer does: observe tensors, then replace values by the nearest of at most 2^bits levels."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ptqsam.errors import ConfigError, GateError
+from ptqsam.functional import quant_range
+from ptqsam.observers import Observer
+from ptqsam.registry import OBSERVERS, build_part
+
+Mode = Literal['off', 'observe', 'quantize']
+
+
+class Quantizer(nn.Module, ABC):
+    """Contract of all quantizers, checked for every registered one by tests/test_quantizers/test_contract.py.
+
+    `forward` equals `decode(encode(x))` bit for bit (but for NaN, which has no code and stays NaN), has at most
+    2^bits distinct results per channel, is monotone and idempotent, and reads no tensor on the host.
+
+    A quantizer starts `off` (`forward` returns the tensor itself). In mode `observe` it returns the tensor and shows
+    it to its observer; observing again adds to the statistics. Switching to `quantize` after that computes the
+    parameters. With parameters from a state dict, `quantize` works at once. The observer's statistics stay in memory
+    for a later `observe`; `quantizer.observer.reset()` frees them.
+
+    Args:
+        bits: bit width, 2 to 8.
+        ch_axis: axis of the channels that have parameters of their own, None for one set. Default None.
+        symmetric: zero point 0 and codes on both sides of it. Default False.
+        observer: config of the observer, without bits, symmetric and ch_axis. Default MinMax.
+
+    Raises:
+        ConfigError: bits outside 2..8.
+
+    Attributes:
+        path: name in the model, for messages; set by whoever puts the quantizer into a model.
+        qmin: smallest code.
+        qmax: largest code.
+        observer: collects statistics; not part of the state.
+        scale: buffer or parameter, float32, 0-dim or (C,); without elements until there are parameters.
+        zero_point: buffer, int32, likewise.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        ch_axis: int | None = None,
+        symmetric: bool = False,
+        observer: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise ConfigError(f'{type(self).__name__}: bits is {bits!r}, but must be a whole number from 2 to 8')
+        self.bits = bits
+        self.ch_axis = ch_axis
+        self.symmetric = symmetric
+        self.qmin, self.qmax = quant_range(bits, symmetric)
+        self.path = ''
+        settings = dict(bits=bits, symmetric=symmetric, ch_axis=ch_axis)
+        self.observer: Observer = build_part(OBSERVERS, **{'type': 'MinMax', **(observer or {}), **settings})
+        self._mode: Mode = 'off'
+        self._outdated = False
+        self.make_parameters()
+
+    def make_parameters(self) -> None:
+        """Create `scale` and `zero_point` without elements; a subclass may make `scale` a parameter."""
+        self.register_buffer('scale', torch.empty(0))
+        self.register_buffer('zero_point', torch.empty(0, dtype=torch.int32))
+
+    @property
+    def mode(self) -> Mode:
+        """What `forward` does: 'off', 'observe' or 'quantize'."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f'{self.name}: mode is {mode!r}, but must be one of {", ".join(get_args(Mode))}')
+        if mode == 'quantize' and (self._outdated or not self.calibrated):
+            self.calibrate()
+        self._mode = mode
+
+    @property
+    def name(self) -> str:
+        """Path in the model, or the class name."""
+        return self.path or type(self).__name__
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are quantization parameters."""
+        return self.scale.numel() > 0
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Compute the parameters from what was observed; switching to `quantize` calls it.
+
+        Raises:
+            GateError: nothing was observed, or NaN or infinity.
+        """
+        try:
+            scale, zero_point = self.observer.qparams()
+        except GateError as error:
+            raise GateError(f'{self.name}: {error}') from None
+        # .data keeps the identity of a parameter that an optimiser may hold
+        self.scale.data, self.zero_point.data = scale, zero_point
+        self._outdated = False
+
+    def reset(self) -> None:
+        """Forget parameters and statistics, and switch off."""
+        self.observer.reset()
+        self.scale.data, self.zero_point.data = self.scale.new_empty(0), self.zero_point.new_empty(0)
+        self._outdated = False
+        self._mode = 'off'
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Do what the mode says.
+
+        Args:
+            x: any shape and floating dtype.
+            inplace: `x` may be overwritten, which saves memory; ignored while gradients are recorded. Default False.
+
+        Returns:
+            `x` itself, or its quantized values in float32.
+        """
+        if self._mode == 'off':
+            return x
+        if self._mode == 'observe':
+            self.observer.update(x)
+            self._outdated = True
+            return x
+        return self.fake_quantize(x, inplace)
+
+    @abstractmethod
+    def fake_quantize(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Quantized values of `x`, differentiable; equal to `decode(encode(x))`."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of `x`, int32, in qmin..qmax."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of codes, float32."""
+
+    @abstractmethod
+    def levels(self) -> Tensor:
+        """Everything that `decode` can return, ascending: (L,), or (C, L) per channel, L <= 2^bits."""
+
+    def learnable(self) -> dict[str, nn.Parameter]:
+        """Parameters that reconstruction may train, by name; none here."""
+        return {}
+
+    def extra_repr(self) -> str:
+        """Settings, for printing a model."""
+        axis = 'per tensor' if self.ch_axis is None else f'channels on axis {self.ch_axis}'
+        kind = 'symmetric' if self.symmetric else 'asymmetric'
+        return f'bits={self.bits}, {kind}, {axis}, observer={type(self.observer).__name__}, mode={self._mode}'
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take over the shapes of the stored parameters, which depend on the data the quantizer was made for."""
+        for name, param in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            stored = state_dict.get(prefix + name)
+            if isinstance(stored, Tensor):
+                self._outdated = False
+                if stored.shape != param.shape:
+                    param.data = param.new_empty(stored.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)

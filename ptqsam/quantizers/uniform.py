@@ -1,0 +1,44 @@
+"""Uniform affine quantizer with fixed parameters (methods.md section 1.1)."""
+
+import torch
+from torch import Tensor
+
+from ptqsam.errors import GateError
+from ptqsam.functional import dequantize, fake_quantize, quantize
+from ptqsam.quantizers.base import Quantizer
+from ptqsam.registry import QUANTIZERS
+
+
+@QUANTIZERS.register_module()
+class Uniform(Quantizer):
+    """Equally spaced levels, zero among them; scale and zero point come from the observer. Args as in `Quantizer`."""
+
+    def used_scale(self) -> Tensor:
+        """The scale that the arithmetic uses, positive.
+
+        Raises:
+            GateError: there are no parameters yet.
+        """
+        if not self.calibrated:
+            raise GateError(f'{self.name}: has no scale yet; observe data first, or load a state')
+        return self.scale.detach()
+
+    def fake_quantize(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Quantized values; straight-through gradient."""
+        return fake_quantize(x, self.used_scale(), self.zero_point, self.qmin, self.qmax, self.ch_axis, inplace)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of `x`, int32."""
+        return quantize(x, self.used_scale(), self.zero_point, self.qmin, self.qmax, self.ch_axis)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of codes, float32."""
+        return dequantize(codes, self.used_scale(), self.zero_point, self.ch_axis)
+
+    def levels(self) -> Tensor:
+        """All 2^bits values, ascending: (2^bits,), or (C, 2^bits) per channel."""
+        scale = self.used_scale()
+        codes = torch.arange(self.qmin, self.qmax + 1, dtype=torch.int32, device=scale.device)
+        if self.ch_axis is None:
+            return dequantize(codes, scale, self.zero_point)
+        return dequantize(codes.expand(scale.numel(), -1), scale, self.zero_point, ch_axis=0)

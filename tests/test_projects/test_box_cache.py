@@ -1,0 +1,213 @@
+"""Boxes on disk: computed once, extended by missing images, tied to what made them."""
+
+import json
+
+import pytest
+import torch
+
+from projects.instance_segment_anything import CheckedCocoDataset, cached_boxes, load_boxes
+from projects.instance_segment_anything.box_cache import CachedBoxes
+from ptqsam.errors import AssetError, ConfigError
+from tests.test_projects.helpers import instances, make_model, make_sample, random_boxes
+
+CPU = torch.device('cpu')
+CATEGORIES = {3: 'cat', 7: 'dog'}
+
+
+class CountingDetector:
+    """Random boxes that depend on the image; remembers which images it saw."""
+
+    def __init__(self, name='a', count=5, labels=(0, 1)):
+        self.name, self.count, self.labels = name, count, labels
+        self.seen = []
+        self.held = False
+
+    def identity(self):
+        return dict(name=self.name)
+
+    def detect(self, data_sample, device):
+        self.seen.append(data_sample.img_id)
+        self.held = True
+        count = 0 if data_sample.img_id == 2 else self.count
+        scores = torch.rand(count, generator=torch.Generator().manual_seed(data_sample.img_id)).tolist()
+        labels = [self.labels[index % len(self.labels)] for index in range(count)]
+        return instances(random_boxes(count, 480, 640, seed=data_sample.img_id) + 1 / 3, scores, labels)
+
+    def release(self):
+        self.held = False
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five images, one object each."""
+    content = dict(
+        images=[dict(id=i, file_name=f'{i}.png', height=480, width=640) for i in range(1, 6)],
+        annotations=[
+            dict(
+                id=i,
+                image_id=i,
+                category_id=3,
+                bbox=[1, 1, 9, 9],
+                area=81,
+                iscrowd=0,
+                segmentation=[[1, 1, 10, 1, 10, 10]],
+            )
+            for i in range(1, 6)
+        ],
+        categories=[dict(id=key, name=name) for key, name in CATEGORIES.items()],
+    )
+    (tmp_path / 'instances_val.json').write_text(json.dumps(content))
+    return CheckedCocoDataset(
+        data_root=str(tmp_path),
+        ann_file='instances_val.json',
+        data_prefix=dict(img=''),
+        metainfo=dict(classes=tuple(CATEGORIES.values())),
+        test_mode=True,
+        pipeline=[],
+    )
+
+
+def test_boxes_come_back_exactly_and_are_computed_once(dataset, tmp_path):
+    detector = CountingDetector()
+    path = cached_boxes(detector, dataset, tmp_path / 'cache', CPU)
+    assert detector.seen == [1, 2, 3, 4, 5]
+    assert not detector.held
+    assert cached_boxes(detector, dataset, tmp_path / 'cache', CPU) == path
+    assert detector.seen == [1, 2, 3, 4, 5]
+    cached = CachedBoxes(path)
+    for image in range(1, 6):
+        expected = CountingDetector().detect(make_sample(img_id=image), CPU)
+        expected = expected[expected.scores.argsort(descending=True)]
+        expected = expected[expected.scores >= 0.01]
+        found = cached.detect(make_sample(img_id=image), CPU)
+        for key in ('bboxes', 'scores', 'labels'):
+            assert torch.equal(found[key], expected[key])
+            assert found[key].dtype == expected[key].dtype
+    assert load_boxes(path)[2][0].shape == (0, 4)
+
+
+def test_file_holds_coco_results(dataset, tmp_path):
+    path = cached_boxes(CountingDetector(), dataset, tmp_path, CPU)
+    results = json.loads(path.read_text())['detections']
+    assert {result['category_id'] for result in results} == set(CATEGORIES)
+    boxes, scores, labels = load_boxes(path)[1]
+    x1, y1, x2, y2 = boxes[0].tolist()
+    category = list(CATEGORIES)[labels[0]]
+    assert results[0] == dict(image_id=1, bbox=[x1, y1, x2 - x1, y2 - y1], score=float(scores[0]), category_id=category)
+
+
+def test_a_subset_is_extended_not_mistaken_for_the_whole(dataset, tmp_path):
+    detector = CountingDetector()
+    part = dataset.get_subset([0, 3])
+    path = cached_boxes(detector, part, tmp_path, CPU)
+    assert detector.seen == [1, 4]
+    assert cached_boxes(detector, dataset, tmp_path, CPU) == path
+    assert detector.seen == [1, 4, 2, 3, 5]
+    other = cached_boxes(CountingDetector(), dataset, tmp_path / 'fresh', CPU)
+    extended, whole = load_boxes(path), load_boxes(other)
+    assert all((extended[image][0] == whole[image][0]).all() for image in range(1, 6))
+
+
+def test_low_scores_and_very_many_boxes_are_not_stored(dataset, tmp_path):
+    path = cached_boxes(CountingDetector(count=1000), dataset, tmp_path, CPU)
+    scores = load_boxes(path)[1][1]
+    assert len(scores) == 300
+    path = cached_boxes(CountingDetector('b', count=200), dataset, tmp_path, CPU)
+    scores = load_boxes(path)[3][1]
+    assert 190 <= len(scores) < 200
+    assert scores.min() >= 0.01
+
+
+def test_other_detector_or_annotations_have_another_file(dataset, tmp_path):
+    path = cached_boxes(CountingDetector('a'), dataset, tmp_path, CPU)
+    assert cached_boxes(CountingDetector('b'), dataset, tmp_path, CPU) != path
+    file = tmp_path / 'instances_val.json'
+    file.write_text(file.read_text() + ' ')
+    assert cached_boxes(CountingDetector('a'), dataset, tmp_path, CPU) != path
+
+
+def changed_score(content):
+    content['detections'][0]['score'] = 0.5
+
+
+def changed_format(content):
+    content['format'] = 'other'
+
+
+def removed_image(content):
+    content['image_ids'].pop()
+
+
+@pytest.mark.parametrize('change', [changed_score, changed_format, removed_image])
+def test_tampered_file_is_refused(change, dataset, tmp_path):
+    path = cached_boxes(CountingDetector(), dataset, tmp_path, CPU)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    for use in (load_boxes, lambda _: cached_boxes(CountingDetector(), dataset, tmp_path, CPU)):
+        with pytest.raises(AssetError, match='delete it') as error:
+            use(path)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"a": 1}', 'no json'])
+def test_foreign_file_is_refused(content, tmp_path):
+    (tmp_path / 'boxes.json').write_text(content)
+    with pytest.raises(AssetError, match='is no file of cached boxes'):
+        load_boxes(tmp_path / 'boxes.json')
+
+
+def test_file_of_other_boxes_under_this_name_is_refused(dataset, tmp_path):
+    path = cached_boxes(CountingDetector('a'), dataset, tmp_path, CPU)
+    other = cached_boxes(CountingDetector('b'), dataset, tmp_path, CPU)
+    other.replace(path)
+    with pytest.raises(AssetError, match='another detector or dataset'):
+        cached_boxes(CountingDetector('a'), dataset, tmp_path, CPU)
+
+
+def test_missing_file_and_missing_image(dataset, tmp_path):
+    with pytest.raises(AssetError, match='no such file'):
+        load_boxes(tmp_path / 'nowhere.json')
+    path = cached_boxes(CountingDetector(), dataset.get_subset([0]), tmp_path, CPU)
+    with pytest.raises(AssetError, match='no boxes of image 4'):
+        CachedBoxes(path).detect(make_sample(img_id=4), CPU)
+
+
+def test_detector_with_more_classes_than_the_dataset(dataset, tmp_path):
+    with pytest.raises(ConfigError, match='found class 5, but the dataset has 2'):
+        cached_boxes(CountingDetector(labels=(0, 5)), dataset, tmp_path, CPU)
+    assert not list(tmp_path.glob('boxes_*'))
+
+
+class Broken(CountingDetector):
+    def detect(self, data_sample, device):
+        if data_sample.img_id == 3:
+            raise AssetError('3.png: cannot decode this image')
+        return super().detect(data_sample, device)
+
+
+def test_a_failure_leaves_no_file(dataset, tmp_path):
+    with pytest.raises(AssetError, match=r'3\.png'):
+        cached_boxes(Broken(), dataset, tmp_path / 'cache', CPU)
+    assert not list((tmp_path / 'cache').glob('*')) if (tmp_path / 'cache').exists() else True
+
+
+def test_oracle_boxes_are_attached_once_and_selected(scenes):
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+
+    from tests.conftest import ROOT
+
+    config = Config.fromfile(ROOT / 'configs' / 'demo' / 'demo.py').test_dataloader.dataset
+    config.data_root = f'{scenes}/'
+    config.pop('type')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        dataset = CheckedCocoDataset(**config)
+    model = make_model(max_boxes=3)
+    steps = len(dataset.pipeline.transforms)
+    model.attach_boxes(dataset, 'unused')
+    model.attach_boxes(dataset, 'unused')
+    assert len(dataset.pipeline.transforms) == steps + 1
+    sample = dataset[0]['data_samples']
+    assert torch.equal(sample.proposals.bboxes, sample.gt_instances.bboxes.tensor[:3])
+    assert torch.equal(sample.proposals.labels, sample.gt_instances.labels[:3])

@@ -1,0 +1,111 @@
+"""Any mmdet detector, by name, path or dict; nothing is built before the first box is asked for."""
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
+from PIL import Image
+
+from projects.instance_segment_anything.mmdet_detector import MMDetDetector
+from ptqsam.errors import AssetError, ConfigError
+from tests.test_projects.helpers import make_sample
+
+NANO = 'mmdet::yolox/yolox_nano_8xb8-300e_coco.py'
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """A YOLOX-nano with random weights, whose scores are high enough to give boxes."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(ConfigDict(MMDetDetector(NANO).resolve()[0]))
+    state = model.state_dict()
+    path = tmp_path_factory.mktemp('nano') / 'nano.pth'
+    # averaged weights that training leaves beside the weights
+    torch.save({'state_dict': {**state, 'ema_backbone_stem_conv_conv_weight': torch.zeros(1)}}, path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp('image') / 'a.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind'), [(NANO, 'YOLOX'), ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_2x_coco.py', 'FasterRCNN')]
+)
+def test_config_by_name(name, kind):
+    model, pipeline = MMDetDetector(name).resolve()
+    assert model['type'] == kind
+    steps = [step['type'] for step in pipeline]
+    assert steps[0] == 'LoadImage'
+    assert steps[-1] == 'PackDetInputs'
+    assert 'LoadAnnotations' not in steps
+
+
+def test_detect(weights, image):
+    detector = MMDetDetector(NANO, weights)
+    found = detector.detect(make_sample(img_id=1, img_path=image), CPU)
+    assert len(found) > 0
+    assert set(found.keys()) == {'bboxes', 'scores', 'labels'}
+    assert found.bboxes.shape == (len(found), 4)
+    # boxes are in pixels of the image, not of the 416 pixels that the detector sees
+    assert found.bboxes[:, 2].median() < 120
+    assert found.bboxes[:, 3].median() < 80
+    detector.release()
+    again = detector.detect(make_sample(img_id=1, img_path=image), CPU)
+    assert torch.equal(found.bboxes, again.bboxes)
+
+
+def test_config_as_dict_or_file_is_the_same_detector(weights, image, tmp_path):
+    model, pipeline = MMDetDetector(NANO).resolve()
+    config = tmp_path / 'own.py'
+    config.write_text(f'model = {model!r}\ntest_dataloader = dict(dataset=dict(pipeline={pipeline!r}))\n')
+    detectors = [
+        MMDetDetector(NANO, weights),
+        MMDetDetector(ConfigDict(model), weights, pipeline),
+        MMDetDetector(str(config), weights),
+    ]
+    assert detectors[0].identity() == detectors[1].identity() == detectors[2].identity()
+    boxes = [detector.detect(make_sample(img_id=1, img_path=image), CPU).bboxes for detector in detectors]
+    assert torch.equal(boxes[0], boxes[1])
+    assert torch.equal(boxes[0], boxes[2])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'says'),
+    [
+        (dict(config='mmdet::yolox/nowhere.py'), 'cannot read this config'),
+        (dict(config='no_such_package::a.py'), 'cannot read this config'),
+        (dict(config='nowhere.py'), 'cannot read this config'),
+        (dict(config=dict(type='YOLOX')), 'detector_pipeline'),
+        (dict(config=NANO), 'detector_checkpoint is missing'),
+    ],
+)
+def test_bad_config(arguments, says, image):
+    with pytest.raises(ConfigError, match=says) as error:
+        MMDetDetector(**arguments).detect(make_sample(img_id=1, img_path=image), CPU)
+    assert '\n' not in str(error.value)
+
+
+def test_missing_checkpoint(image, tmp_path):
+    path = str(tmp_path / 'nowhere.pth')
+    for use in (MMDetDetector.identity, lambda detector: detector.detect(make_sample(img_id=1, img_path=image), CPU)):
+        with pytest.raises(AssetError, match=r'nowhere\.pth: no such file'):
+            use(MMDetDetector(NANO, path))
+
+
+def test_checkpoint_of_another_detector(weights, image):
+    other = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
+    with pytest.raises(AssetError, match=r'must hold weights of model\.detector'):
+        MMDetDetector(other, weights).detect(make_sample(img_id=1, img_path=image), CPU)
+
+
+def test_missing_image(weights):
+    with pytest.raises(AssetError, match='image is missing'):
+        MMDetDetector(NANO, weights).detect(make_sample(img_id=1, img_path='nowhere.png'), CPU)

@@ -1,0 +1,90 @@
+"""Tables: the CSV of the quantizers, the result for people, and what the rules decided."""
+
+import csv
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from ptqsam.config import parse_quant_config
+from ptqsam.report.summary import COLUMNS, align, result_table, rule_table, write_summary
+from ptqsam.solver.rules import Point, RuleBook
+
+POINTS = (
+    Point('image_encoder.blocks.0.mlp.lin1.input', 'encoder.mlp.lin1.input', 'act'),
+    Point('image_encoder.blocks.0.mlp.lin1.weight', 'encoder.mlp.lin1.weight', 'weight', 0),
+    Point('image_encoder.blocks.1.mlp.lin1.input', 'encoder.mlp.lin1.input', 'act'),
+    Point('image_encoder.patch_embed.proj.weight', 'encoder.patch_embed.weight', 'weight', 0),
+)
+
+
+@pytest.fixture
+def rules() -> RuleBook:
+    raw = dict(
+        algorithm='test',
+        bits=dict(weight=4, act=6),
+        rules=[dict(match='role:encoder.mlp.lin1.input', bits=8, observer=dict(type='MSE'))],
+    )
+    book = RuleBook(parse_quant_config(raw, 'test'))
+    for point in POINTS:
+        book.decide(point)
+    return book
+
+
+def test_summary_has_a_row_per_quantizer(tmp_path, rules):
+    errors = {
+        POINTS[0].path: SimpleNamespace(sqnr=12.3456, cosine=0.98765432),
+        POINTS[1].path: SimpleNamespace(sqnr=math.inf, cosine=1.0),
+    }
+    write_summary(tmp_path / 'summary.csv', rules.enabled, errors)
+    with open(tmp_path / 'summary.csv', encoding='utf-8', newline='') as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header) == COLUMNS
+    rule = "rule 1 'role:encoder.mlp.lin1.input'"
+    first, second, third = ([point.path, point.role, point.kind] for point in POINTS[:3])
+    assert rows == [
+        [*first, 'Uniform', '8', 'MSE', rule, '12.35', '0.987654'],
+        [*second, 'Uniform', '4', 'MinMax', "built-in '*'", 'inf', '1.000000'],
+        [*third, 'Uniform', '8', 'MSE', rule, '', ''],
+    ]
+
+
+def result(fp: dict | None) -> dict:
+    return dict(
+        algorithm='mse',
+        bits=dict(weight=4, act=8),
+        metrics=dict(fp=fp, quant=dict(segm_mAP=0.25, mask_iou=0.70004)),
+        size_mb=dict(fp=40.5, packed=6.04),
+    )
+
+
+def test_result_table():
+    table = result_table(result(dict(segm_mAP=0.3, mask_iou=0.75)))
+    assert table.splitlines() == [
+        '          segm_mAP  mask_iou    MB',
+        'FP32        0.3000    0.7500  40.5',
+        'mse W4A8    0.2500    0.7000   6.0',
+    ]
+
+
+def test_result_table_without_the_float_model():
+    assert [line.split()[0] for line in result_table(result(None)).splitlines()] == ['segm_mAP', 'mse']
+
+
+def test_rule_table_counts_and_names_the_deciding_rule(rules):
+    lines = [line.split('  ') for line in rule_table(rules).splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    rule = "rule 1 'role:encoder.mlp.lin1.input'"
+    assert cells == [
+        ['role', 'quantizer', 'count', 'decided by'],
+        ['encoder.mlp.lin1.input', 'Uniform 8 bit, MSE', '2', rule],
+        ['encoder.mlp.lin1.weight', 'Uniform 4 bit, MinMax', '1', "built-in '*'"],
+        ['encoder.patch_embed.weight', 'float', '1', "built-in 'image_encoder.patch_embed.*'"],
+        ['3 of 4 points are quantized'],
+        [f'{rule}: matches 2'],
+    ]
+
+
+def test_align_puts_numbers_right_and_text_left():
+    table = align([('a', 'n'), ('long', '-1.5'), ('x', '10')])
+    assert table.splitlines() == ['a        n', 'long  -1.5', 'x       10']
