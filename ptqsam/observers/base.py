@@ -94,7 +94,9 @@ class Observer(ABC):
             raise GateError('saw no data during calibration; feed it some, or leave it out with a rule')
         if not bool((torch.isfinite(self.min_val) & torch.isfinite(self.max_val)).all()):
             raise GateError('saw NaN or infinity during calibration; check the checkpoint and the calibration images')
-        lo, hi = self.choose_bounds()
+        # a search under autocast would score in half precision
+        with torch.autocast(self.min_val.device.type, enabled=False):
+            lo, hi = self.choose_bounds()
         return lo.float(), hi.float()
 
     def qparams(self) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ TAIL = 256
 # values drawn at random from the tensor
 DRAWS = 1 << 16
 # smallest and largest draws that are all kept; of the sorted rest, every STRIDE-th one is
-EDGE = 512
-STRIDE = 16
+EDGE = 256
+STRIDE = 32
 # the outermost values lie in the blocks with the outermost extremes, so only those blocks are searched
 BLOCK = 1024
 

@@ -110,6 +110,15 @@ class TestLife:
         assert torch.equal(half.qparams()[0], full.qparams()[0])
         assert half.bounds()[0].dtype == torch.float32
 
+    def test_autocast_changes_nothing(self, name):
+        inside, outside = build(name, bits=3, ch_axis=0), build(name, bits=3, ch_axis=0)
+        x = torch.randn(100, 300).exp()
+        outside.update(x)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            inside.update(x)
+            bounds = inside.bounds()
+        assert torch.equal(torch.stack(bounds), torch.stack(outside.bounds()))
+
     def test_update_reads_no_value_on_the_host(self, name, monkeypatch):
         def refuse(*args):
             raise AssertionError('update waits for the device')

@@ -132,6 +132,14 @@ def test_large_tensor_of_any_layout(layout, monkeypatch):
         assert out.data_ptr() == x.data_ptr() and torch.equal(x, expected)
 
 
+def test_large_tensor_of_one_channel(monkeypatch):
+    monkeypatch.setattr(F, 'CPU_CHUNK', 1000)
+    x = torch.randn(4, 1, 50, 50)
+    scale, zero = torch.tensor([0.11]), torch.tensor([7], dtype=torch.int32)
+    expected = torch.fake_quantize_per_tensor_affine(x, scale[0], zero[0], 0, 15)
+    assert torch.equal(F.fake_quantize(x, scale, zero, 0, 15, ch_axis=1), expected)
+
+
 def test_inplace_is_ignored_while_gradients_are_recorded():
     x = torch.randn(50)
     leaf = x.clone().requires_grad_()
