@@ -88,8 +88,7 @@ def save_packed(
     """
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     weights = {}
-    for name, op in quant_ops(model):
-        quantizer = op.weight_quantizer
+    for name, op, quantizer in quant_ops(model):
         codes = quantizer.encode(op.weight) - quantizer.qmin
         weights[f'{name}.weight'] = dict(bits=quantizer.bits, shape=list(codes.shape))
         packed = pack_codes(codes.cpu().numpy(), quantizer.bits)
@@ -130,9 +129,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding='utf-8'))
         known = manifest['format']
     except (ValueError, KeyError, TypeError):
-        raise AssetError(f'{path}: not a manifest of a packed checkpoint; make it again by running the recipe') from None
+        raise AssetError(
+            f'{path}: not a manifest of a packed checkpoint; make it again by running the recipe'
+        ) from None
     if known != FORMAT:
-        raise AssetError(f"{path}: format '{known}', this version reads '{FORMAT}'; make it again by running the recipe")
+        raise AssetError(
+            f"{path}: format '{known}', this version reads '{FORMAT}'; make it again by running the recipe"
+        )
     tensors = folder / TENSORS
     if not tensors.is_file():
         raise AssetError(f'{tensors}: missing; make the packed checkpoint again by running the recipe')
@@ -186,9 +189,8 @@ def load_packed(folder: Path, model: nn.Module) -> tuple[dict[str, Any], RuleBoo
 @torch.no_grad()
 def _restore_weights(model: nn.Module, packed: dict[str, Tensor], layout: dict[str, dict[str, Any]]) -> None:
     """Decode the codes into the weights of the quantized operators."""
-    for name, op in quant_ops(model):
+    for name, op, quantizer in quant_ops(model):
         bits, shape = layout[f'{name}.weight']['bits'], layout[f'{name}.weight']['shape']
-        quantizer = op.weight_quantizer
         codes = unpack_codes(packed[f'{name}.weight'].numpy(), bits, int(np.prod(shape))).reshape(shape)
         values = quantizer.decode(torch.from_numpy(codes).to(op.weight.device, torch.int32) + quantizer.qmin)
         op.weight = nn.Parameter(values, requires_grad=False)

@@ -75,7 +75,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--dry-run', action='store_true', help='print what would be done, with estimates, and stop')
     parser.add_argument('--load', type=Path, metavar='DIR', help='evaluate this packed checkpoint, do not calibrate')
     parser.add_argument('--show-dir', type=Path, help='draw ground truth, FP and quantized masks (implies --eval-fp)')
-    parser.add_argument('--wandb', metavar='PROJECT', help='report to Weights & Biases, offline unless WANDB_MODE is set')
+    parser.add_argument(
+        '--wandb', metavar='PROJECT', help='report to Weights & Biases, offline unless WANDB_MODE is set'
+    )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
     parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)

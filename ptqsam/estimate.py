@@ -14,7 +14,7 @@ import resource
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptqsam.quantizers import Quantizer
 from ptqsam.solver.prepare import quant_ops, quantizers
 
 # what a packed checkpoint holds beside its tensors: JSON per quantizer (path, type, bits, error), per tensor (offsets)
@@ -144,12 +143,11 @@ def packed_bytes(model: nn.Module) -> int:
         Bytes: weight codes, float32 scale and 8-bit zero point of every channel, everything else as it is.
     """
     ops = list(quant_ops(model))
-    weights = {id(op.weight) for _, op in ops}
+    weights = {id(op.weight) for _, op, _ in ops}
     planned = list(quantizers(model))
     inside = {id(tensor) for quantizer in planned for tensor in quantizer.state_dict(keep_vars=True).values()}
     tensors = list(model.state_dict(keep_vars=True).values())
     size = sum(tensor.nbytes for tensor in tensors if id(tensor) not in weights | inside)
-    for _, op in ops:
-        bits = cast(Quantizer, op.weight_quantizer).bits
-        size += -(-op.weight.numel() * bits // 8) + 5 * op.weight.shape[op.weight_ch_axis]
+    for _, op, quantizer in ops:
+        size += -(-op.weight.numel() * quantizer.bits // 8) + 5 * op.weight.shape[op.weight_ch_axis]
     return size + len(planned) * (5 + MANIFEST_BYTES) + len(tensors) * HEADER_BYTES

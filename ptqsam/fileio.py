@@ -32,7 +32,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.close(handle)
     except OSError as error:
         raise ConfigError(
-            f"{path.parent}: cannot write here ({error.strerror}); choose another folder, for example with --work-dir"
+            f'{path.parent}: cannot write here ({error.strerror}); choose another folder, for example with --work-dir'
         ) from None
     temporary = Path(name)
     try:

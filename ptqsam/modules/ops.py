@@ -126,11 +126,13 @@ class QuantConvTranspose2d(QuantOp):
     ) -> None:
         super().__init__(module, input_quantizer, weight_quantizer)
         conv = cast(nn.ConvTranspose2d, module)
-        self.geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+        self.stride, self.padding = conv.stride, cast(tuple[int, ...], conv.padding)
+        self.output_padding, self.groups, self.dilation = conv.output_padding, conv.groups, conv.dilation
 
     def operator(self, x: Tensor, weight: Tensor) -> Tensor:
         """Transposed convolution with the float module's geometry."""
-        return F.conv_transpose2d(x, weight, self.bias, *self.geometry)
+        geometry = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(x, weight, self.bias, *geometry)
 
 
 @QUANT_MODULES.register_module(name='torch.nn.modules.normalization.LayerNorm')

@@ -30,6 +30,11 @@ class QuantDecoderAttention(QuantModule):
     Roles are `decoder.<self|token_to_image|image_to_token>.<point>`.
     """
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
+
     def __init__(self, module: nn.Module, projections: dict[str, nn.Module], role: str, build: Build) -> None:
         super().__init__()
         self.num_heads = cast(int, module.num_heads)

@@ -25,7 +25,8 @@ class QuantTinyViTAttention(QuantModule):
         self.scale = cast(float, module.scale)
         self.fused = cast(bool, module.fused_attn)
         self.attention_biases = cast(nn.Parameter, module.attention_biases)
-        self.register_buffer('attention_bias_idxs', module.attention_bias_idxs, persistent=False)
+        self.attention_bias_idxs: Tensor
+        self.register_buffer('attention_bias_idxs', cast(Tensor, module.attention_bias_idxs), persistent=False)
         self.norm = norm
         self.qkv = qkv
         self.q, self.k, self.v = (build(name, f'encoder.attn.{name}') for name in 'qkv')

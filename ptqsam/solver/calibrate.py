@@ -93,11 +93,11 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Iterable[Any],
 @torch.no_grad()
 def calibrate_weights(target: nn.Module) -> None:
     """Observe all weights and set the parameters of their quantizers."""
-    for _, op in progress(list(quant_ops(target)), 'search weights', 'weight'):
-        quantizer = op.weight_quantizer
+    for _, op, quantizer in progress(list(quant_ops(target)), 'search weights', 'weight'):
         quantizer.mode = 'observe'
         quantizer(op.weight)
         quantizer.mode = 'quantize'
+        quantizer.observer.reset()  # it may hold a copy of the weight
 
 
 def _check_finite(quantizers: list[Quantizer], data_sample: Any) -> None:

@@ -27,10 +27,10 @@ def freeze(model: nn.Module) -> dict[str, QuantizationError]:
         Path of the weight quantizer -> error of the weight.
     """
     errors = {}
-    for _, op in quant_ops(model):
+    for _, op, quantizer in quant_ops(model):
         before = op.weight
         op.freeze()
-        errors[op.weight_quantizer.path] = error_from_sums(error_sums(before, op.weight))
+        errors[quantizer.path] = error_from_sums(error_sums(before, op.weight))
     return errors
 
 
@@ -61,8 +61,8 @@ def violations(model: nn.Module, planned: list[Choice]) -> Iterator[str]:
             yield f'{path}: {present[path].bits} bits, but {choice.rule} says {choice.bits}'
     for quantizer in present.values():
         yield from _quantizer_violations(quantizer)
-    for name, op in quant_ops(model):
-        yield from _weight_violations(name, op)
+    for name, op, quantizer in quant_ops(model):
+        yield from _weight_violations(name, op, quantizer)
 
 
 def _quantizer_violations(quantizer: Quantizer) -> Iterator[str]:
@@ -75,8 +75,7 @@ def _quantizer_violations(quantizer: Quantizer) -> Iterator[str]:
         yield f'{quantizer.path}: a zero point lies outside {quantizer.qmin}..{quantizer.qmax}'
 
 
-def _weight_violations(name: str, op: QuantOp) -> Iterator[str]:
-    quantizer = op.weight_quantizer
+def _weight_violations(name: str, op: QuantOp, quantizer: Quantizer) -> Iterator[str]:
     weight = op.weight.detach()
     if not op.frozen:
         yield f'{name}.weight: not frozen, computed anew on every forward'

@@ -90,16 +90,16 @@ def quantizers(model: nn.Module) -> Iterator[Quantizer]:
     return (module for module in model.modules() if isinstance(module, Quantizer))
 
 
-def quant_ops(model: nn.Module) -> Iterator[tuple[str, QuantOp]]:
-    """Names and operators of a model whose weight is quantized."""
+def quant_ops(model: nn.Module) -> Iterator[tuple[str, QuantOp, Quantizer]]:
+    """Operators of a model whose weight is quantized: name, operator, quantizer of the weight."""
     for name, module in model.named_modules():
         if isinstance(module, QuantOp) and isinstance(module.weight_quantizer, Quantizer):
-            yield name, module
+            yield name, module, module.weight_quantizer
 
 
 def weight_quantizers(model: nn.Module) -> list[Quantizer]:
     """Quantizers of weights, in module order."""
-    return [op.weight_quantizer for _, op in quant_ops(model) if isinstance(op.weight_quantizer, Quantizer)]
+    return [quantizer for _, _, quantizer in quant_ops(model)]
 
 
 def act_quantizers(model: nn.Module) -> list[Quantizer]:
@@ -110,4 +110,3 @@ def act_quantizers(model: nn.Module) -> list[Quantizer]:
 
 def _join(path: str, name: str) -> str:
     return f'{path}.{name}' if path else name
-

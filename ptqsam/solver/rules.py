@@ -137,7 +137,7 @@ class RuleBook:
         if not self.enabled:
             raise ConfigError(
                 f"recipe '{self.config.algorithm}' quantizes nothing: its rules disable all {len(self.choices)} "
-                "quantizers; enable some with `enabled: true`"
+                'quantizers; enable some with `enabled: true`'
             )
 
     def _name(self, index: int) -> str:

@@ -59,7 +59,9 @@ def build(entry):
     case = Case(entry)
     model = nn.Module()
     model.block = BLOCKS[case.name](case.parameters).eval()
-    model.block.load_state_dict({n.removeprefix('w.'): torch.from_numpy(x) for n, x in case.inputs.items() if n[0] == 'w'})
+    model.block.load_state_dict(
+        {n.removeprefix('w.'): torch.from_numpy(x) for n, x in case.inputs.items() if n[0] == 'w'}
+    )
     quantize_model(model, RuleBook(parse_quant_config(RECIPE, 'golden')))
     return case, model
 

@@ -43,7 +43,10 @@ CASES = {
     'norm mlp': (lambda: tiny_vit.NormMlp(16, 32), [(2, 5, 16)]),
     'encoder attention': (lambda: attention(use_rel_pos=True), [(3, 5, 6, 32)]),
     'encoder attention, no rel pos': (lambda: attention(qkv_bias=False), [(1, 5, 6, 32)]),
-    'decoder attention': (lambda: transformer.Attention(32, 4, downsample_rate=2), [(2, 7, 32), (2, 30, 32), (2, 30, 32)]),
+    'decoder attention': (
+        lambda: transformer.Attention(32, 4, downsample_rate=2),
+        [(2, 7, 32), (2, 30, 32), (2, 30, 32)],
+    ),
     'tiny vit attention': (tiny_attention, [(3, 16, 32)]),
 }
 
@@ -102,11 +105,11 @@ def test_freezing_leaves_the_float_module_alone(case):
     module = make()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     quant, _ = convert(module)
-    for _, op in quant_ops(quant):
+    for _, op, quantizer in quant_ops(quant):
         assert any(op.weight is p for p in module.parameters()), 'weights are shared until they are frozen'
-        op.weight_quantizer.mode = 'observe'
-        op.weight_quantizer(op.weight)
-        op.weight_quantizer.mode = 'quantize'
+        quantizer.mode = 'observe'
+        quantizer(op.weight)
+        quantizer.mode = 'quantize'
         op.freeze()
     assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in before.items())
 

@@ -70,8 +70,13 @@ def test_load_gives_the_same_metrics_without_calibration_or_checkpoint(finished,
     done, work_dir = finished
     loaded = result_of(
         run_tool(
-            tiny / 'tiny.py', tiny / 'recipe.yaml', '--load', work_dir / 'packed',
-            '--cfg-options', 'model.sam.checkpoint=/none/such.pth', cwd=tmp_path,
+            tiny / 'tiny.py',
+            tiny / 'recipe.yaml',
+            '--load',
+            work_dir / 'packed',
+            '--cfg-options',
+            'model.sam.checkpoint=/none/such.pth',
+            cwd=tmp_path,
         )
     )
     assert loaded['metrics']['quant'] == result_of(done)['metrics']['quant']
@@ -190,4 +195,6 @@ def test_broken_image_is_named(tiny, scenes, tmp_path, monkeypatch, capsys):
 
 def test_work_dir_that_is_a_file(tiny, tmp_path, capsys):
     (tmp_path / 'file').write_text('x')
-    fails(capsys, 2, 'cannot write there', tiny / 'tiny.py', tiny / 'recipe.yaml', '--work-dir', tmp_path / 'file' / 'w')
+    fails(
+        capsys, 2, 'cannot write there', tiny / 'tiny.py', tiny / 'recipe.yaml', '--work-dir', tmp_path / 'file' / 'w'
+    )

@@ -22,7 +22,10 @@ def test_defaults_and_types():
     [
         ({'algoritm': 'x'}, "unknown key 'algoritm' (did you mean 'algorithm'?)"),
         ({'calibration': {'num_image': 2}}, "'calibration.num_image' (did you mean 'num_images'?)"),
-        ({'calibration': {'observer': {'foo': {'type': 'MSE'}}}}, "'calibration.observer.foo' (known keys: weight, act)"),
+        (
+            {'calibration': {'observer': {'foo': {'type': 'MSE'}}}},
+            "'calibration.observer.foo' (known keys: weight, act)",
+        ),
         ({'rules': [{'match': '*', 'quantiser': {'type': 'LSQ'}}]}, "'rules.0.quantiser' (did you mean 'quantizer'?)"),
         ({'compat': {'soft_weights': True}}, "unknown key 'compat.soft_weights'"),
         ({'bits': {'weight': 1, 'act': 8}}, "key 'bits.weight': input should be greater than or equal to 2, got 1"),
@@ -44,7 +47,9 @@ def test_mistakes_are_one_clear_line(change, message):
 
 
 def test_base_files_and_overrides(tmp_path):
-    (tmp_path / 'base.yaml').write_text('algorithm: a\nbits: {weight: 8, act: 8}\ncalibration: {num_images: 5, seed: 3}\n')
+    (tmp_path / 'base.yaml').write_text(
+        'algorithm: a\nbits: {weight: 8, act: 8}\ncalibration: {num_images: 5, seed: 3}\n'
+    )
     (tmp_path / 'child.yaml').write_text('_base_: base.yaml\nbits: {weight: 4, act: 6}\n')
     config = load_quant_config(tmp_path / 'child.yaml', {'calibration.num_images': 2})
     assert (config.bits.weight, config.bits.act) == (4, 6)

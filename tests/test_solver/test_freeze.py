@@ -13,18 +13,18 @@ from ptqsam.solver.prepare import act_quantizers, quant_ops
 
 
 def soft_weight(sam):
-    _, op = next(quant_ops(sam))
+    _, op, _ = next(quant_ops(sam))
     op.weight.data[0].flatten()[0].add_(0.3 * op.weight_quantizer.scale.flatten()[0])
 
 
 def not_frozen(sam):
-    _, op = list(quant_ops(sam))[-1]
+    _, op, _ = list(quant_ops(sam))[-1]
     op.frozen = False
 
 
 def float_weight_of_the_second_layer(sam):
     """What defect D2 of the released code leaves behind."""
-    _, op = list(quant_ops(sam))[1]
+    _, op, _ = list(quant_ops(sam))[1]
     op.weight = nn.Parameter(torch.randn_like(op.weight))
 
 
@@ -45,7 +45,7 @@ def zero_scale(sam):
 
 
 def infinite_scale(sam):
-    next(quant_ops(sam))[1].weight_quantizer.scale.data.fill_(float('inf'))
+    next(quant_ops(sam))[2].scale.data.fill_(float('inf'))
 
 
 def other_bits(sam):

@@ -51,7 +51,9 @@ def test_rule_without_a_match_names_the_nearest():
     rules = book({'match': '*.softmax', 'bits': 8}, {'match': 'image_encoder.*.softmaxx', 'bits': 8})
     rules.decide(SOFTMAX)
     rules.decide(WEIGHT)
-    with pytest.raises(ConfigError, match=r"rule 2 'image_encoder\.\*\.softmaxx' matched none of 2 quantizers; nearest: '.*softmax'"):
+    with pytest.raises(
+        ConfigError, match=r"rule 2 'image_encoder\.\*\.softmaxx' matched none of 2 quantizers; nearest: '.*softmax'"
+    ):
         rules.check()
 
 
@@ -72,5 +74,9 @@ def test_recipe_that_quantizes_nothing():
 def test_build_args():
     rules = book({'match': '*.weight', 'quantizer': {'type': 'Uniform', 'symmetric': True, 'ch_axis': 1}})
     assert rules.decide(WEIGHT).build_args() == {
-        'type': 'Uniform', 'bits': 4, 'ch_axis': 1, 'symmetric': True, 'observer': {'type': 'MinMax'},
+        'type': 'Uniform',
+        'bits': 4,
+        'ch_axis': 1,
+        'symmetric': True,
+        'observer': {'type': 'MinMax'},
     }
