@@ -217,6 +217,7 @@ def build_runner(config: Config, recipe: QuantConfig, args: argparse.Namespace, 
         model=Path(args.model_config).stem,
         quant=recipe_name(args.quant_config),
         seed=seed,
+        limit=args.limit,
         eval_fp=args.eval_fp or args.show_dir is not None,
         resume=args.resume,
         load=args.load and str(args.load),
@@ -226,8 +227,6 @@ def build_runner(config: Config, recipe: QuantConfig, args: argparse.Namespace, 
     config.test_cfg = dict(
         type='PTQLoop', recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)
     )
-    if args.limit is not None:
-        config.test_dataloader.dataset.indices = args.limit
     if args.wandb:
         config.setdefault('custom_hooks', []).append(dict(type='ptqsam.WandbReport', project=args.wandb))
     config.work_dir, config.launcher = str(work_dir), args.launcher

@@ -13,46 +13,33 @@ from ptqsam.quantizers import Quantizer
 from ptqsam.solver.prepare import act_quantizers, quant_ops
 
 
-def draw_images(size: int, count: int, seed: int) -> list[int]:
-    """Choose calibration images at random, without repetition.
+def draw_images(names: Sequence[str], evaluated: Sequence[str], count: int, seed: int) -> list[int]:
+    """Choose calibration images at random, without repetition, none of them an evaluated one.
 
     The released code takes the first images in annotation order; the papers say "randomly sampled", and so do we.
 
     Args:
-        size: images in the calibration dataset.
+        names: file names of the images to choose from.
+        evaluated: file names of the evaluated split, all of it, so that evaluating a part changes no calibration.
         count: images to draw.
         seed: seed of the draw.
 
     Returns:
-        Sorted indices.
+        Sorted positions in ``names``.
 
     Raises:
-        ConfigError: more images wanted than there are.
+        ConfigError: fewer images than wanted.
     """
-    if count > size:
+    taboo = set(evaluated)
+    pool = [position for position, name in enumerate(names) if name not in taboo]
+    if count > len(pool):
+        shared = len(names) - len(pool)
+        reason = f' ({shared} more are evaluated as well; calibrate on the train split)' if shared else ''
         raise ConfigError(
-            f'calibration.num_images: {count} wanted, but the calibration set has {size}; lower it with '
-            f'--quant-options calibration.num_images={size}'
+            f'calibration.num_images: {count} wanted, but the calibration set has {len(pool)}{reason}; lower it with '
+            f'--quant-options calibration.num_images={len(pool)}'
         )
-    return sorted(np.random.default_rng(seed).permutation(size)[:count].tolist())
-
-
-def check_no_overlap(calibration: Sequence[Any], evaluation: Sequence[Any]) -> None:
-    """Refuse to calibrate on images that are evaluated.
-
-    Args:
-        calibration: names of the calibration images.
-        evaluation: names of the evaluated images.
-
-    Raises:
-        ConfigError: with the number of shared images and one of them.
-    """
-    shared = sorted(set(calibration) & set(evaluation), key=str)
-    if shared:
-        raise ConfigError(
-            f'calib_dataset: {len(shared)} calibration images are evaluated as well, for example {shared[0]}; '
-            'calibrate on the train split'
-        )
+    return sorted(pool[index] for index in np.random.default_rng(seed).permutation(len(pool))[:count])
 
 
 def limit_boxes(data_sample: Any, max_boxes: int, rng: np.random.Generator) -> None:

@@ -25,7 +25,7 @@ from ptqsam.fileio import fingerprint, write_json
 from ptqsam.progress import progress
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import Gallery, plot_quantization_errors, write_summary
-from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, check_no_overlap, draw_images
+from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, draw_images
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
@@ -42,6 +42,7 @@ class RunOptions:
         model: name of the model config, for reports.
         quant: name of the recipe, for reports.
         seed: reported with the results.
+        limit: evaluate only the first so many images.
         eval_fp: evaluate the floating-point model as well.
         resume: go on from what an earlier run left in the work dir.
         load: folder of a packed checkpoint to evaluate, in place of calibrating.
@@ -52,6 +53,7 @@ class RunOptions:
     model: str
     quant: str
     seed: int
+    limit: int | None = None
     eval_fp: bool = False
     resume: bool = False
     load: str | None = None
@@ -68,7 +70,7 @@ class PTQLoop(TestLoop):
 
     Args:
         runner: mmengine runner; its model has a child `sam` and a method `attach_boxes`.
-        dataloader: evaluated images.
+        dataloader: config of the loader of evaluated images.
         evaluator: metrics.
         recipe: quant config as plain dicts.
         calib_dataset: config of the dataset that calibration images are drawn from.
@@ -83,15 +85,19 @@ class PTQLoop(TestLoop):
     def __init__(
         self,
         runner: Runner,
-        dataloader: Any,
+        dataloader: dict[str, Any],
         evaluator: Evaluator | dict | list,
         recipe: dict[str, Any],
         calib_dataset: dict[str, Any],
         options: dict[str, Any],
     ) -> None:
-        super().__init__(runner, dataloader, evaluator)
-        self.recipe = parse_quant_config(recipe, 'test_cfg.recipe')
         self.options = RunOptions(**options)
+        dataset = build_dataset(dataloader['dataset'])
+        self.evaluated_split = image_names(dataset)
+        if self.options.limit is not None:
+            dataset.get_subset_(min(self.options.limit, len(dataset)))
+        super().__init__(runner, dict(dataloader, dataset=dataset), evaluator)
+        self.recipe = parse_quant_config(recipe, 'test_cfg.recipe')
         self.calib_dataset = calib_dataset
         self.rules = RuleBook(self.recipe)
         self.errors: dict[str, QuantizationError] = {}
@@ -195,11 +201,12 @@ class PTQLoop(TestLoop):
     def build_calib_loader(self) -> Any:
         """Loader of the drawn calibration images, one per batch."""
         calibration = self.recipe.calibration
-        dataset = DATASETS.build(self.calib_dataset)
-        dataset.full_init()
-        indices = draw_images(len(dataset), calibration.num_images, calibration.seed)
-        dataset.get_subset_(indices)
-        check_no_overlap(image_names(dataset), image_names(self.dataloader.dataset))
+        dataset = build_dataset(self.calib_dataset)
+        names = image_names(dataset)
+        if shared := set(names) & set(self.evaluated_split):
+            self.runner.logger.warning(f'calibration: {len(shared)} images are evaluated as well and left out')
+        drawn = draw_images(names, self.evaluated_split, calibration.num_images, calibration.seed)
+        dataset.get_subset_(drawn)
         loader = dict(
             dataset=dataset,
             batch_size=1,
@@ -305,6 +312,13 @@ class PTQLoop(TestLoop):
             write_json(self.work_dir / 'result.json', self.result)
             write_summary(self.work_dir / 'summary.csv', self.rules.enabled, self.errors)
             plot_quantization_errors(self.work_dir / 'sqnr.png', self.rules.enabled, self.errors)
+
+
+def build_dataset(config: dict[str, Any]) -> Any:
+    """Build a dataset and read its annotations."""
+    dataset = DATASETS.build(config)
+    dataset.full_init()
+    return dataset
 
 
 def image_names(dataset: Any) -> list[str]:

@@ -1,0 +1,43 @@
+"""Calibration images: random, repeatable, never evaluated ones; boxes capped."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+
+from ptqsam.errors import ConfigError
+from ptqsam.solver.calibrate import draw_images, limit_boxes
+
+NAMES = [f'{i:03d}.jpg' for i in range(100)]
+
+
+@given(count=st.integers(1, 60), seed=st.integers(0, 2**31), shared=st.sets(st.sampled_from(NAMES), max_size=40))
+def test_drawn_images(count, seed, shared):
+    drawn = draw_images(NAMES, sorted(shared), count, seed)
+    assert drawn == draw_images(NAMES, sorted(shared), count, seed)
+    assert len(set(drawn)) == count and drawn == sorted(drawn)
+    assert not {NAMES[i] for i in drawn} & shared
+
+
+def test_the_draw_is_not_the_first_images_and_depends_on_the_seed():
+    assert draw_images(NAMES, [], 32, 0) != list(range(32))
+    assert draw_images(NAMES, [], 32, 0) != draw_images(NAMES, [], 32, 1)
+
+
+def test_too_few_images():
+    with pytest.raises(ConfigError, match=r'101 wanted, but the calibration set has 100; .*num_images=100'):
+        draw_images(NAMES, [], 101, 0)
+    with pytest.raises(ConfigError, match=r'has 0 \(100 more are evaluated as well; calibrate on the train split\)'):
+        draw_images(NAMES, NAMES, 1, 0)
+
+
+def test_boxes_are_capped_in_their_order():
+    sample = DetDataSample(proposals=InstanceData(scores=torch.arange(50)))
+    limit_boxes(sample, 16, np.random.default_rng(0))
+    scores = sample.proposals.scores
+    assert len(scores) == 16 and torch.equal(scores, scores.sort().values)
+    limit_boxes(sample, 20, np.random.default_rng(0))
+    assert len(sample.proposals) == 16
