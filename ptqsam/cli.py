@@ -228,7 +228,8 @@ def build_runner(config: Config, recipe: QuantConfig, args: argparse.Namespace, 
         type='PTQLoop', recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)
     )
     if args.wandb:
-        config.setdefault('custom_hooks', []).append(dict(type='ptqsam.WandbReport', project=args.wandb))
+        hook = dict(type='ptqsam.WandbReport', project=args.wandb)
+        config.custom_hooks = [*config.get('custom_hooks', []), hook]
     config.work_dir, config.launcher = str(work_dir), args.launcher
     config.randomness = dict(seed=seed)
     # experiment_name keys mmengine's global logger; two runs in one process must not share it

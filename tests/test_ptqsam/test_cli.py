@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ptqsam.cli import main
-from tests.tiny import run_tool, tool_command
+from tests.tiny import ROOT, run_tool, tool_command
 
 FILES = {'result.json', 'summary.csv', 'sqnr.png', 'fp.json', 'packed'}
 
@@ -118,6 +118,26 @@ def test_interrupt_leaves_one_line_and_no_half_written_file(tiny, tmp_path):
     assert stderr.strip().split('\n')[-1].startswith('interrupted')
     assert 'Traceback' not in stderr
     assert not (tmp_path / 'w/result.json').exists()
+
+
+def test_wandb_offline(tiny, tmp_path):
+    done = run_tool(tiny / 'tiny.py', tiny / 'recipe.yaml', '--wandb', 'sam', '--work-dir', 'w', cwd=tmp_path)
+    assert result_of(done)['metrics']['fp'] is None
+    assert len(list((tmp_path / 'w' / 'wandb').glob('offline-run-*/run-*.wandb'))) == 1
+
+
+def test_mobile_sam_on_coco(assets, tmp_path, monkeypatch):
+    """Real weights and images: 8 bits keep the masks, the packed file is a third of the float one."""
+    monkeypatch.setenv('PTQSAM_DATA', str(assets / 'data'))
+    monkeypatch.setenv('PTQSAM_CKPT', str(assets / 'ckpt'))
+    pipeline, recipe = ROOT / 'configs/oracle/oracle_mobile-sam.py', ROOT / 'exp/minmax/w8a8.yaml'
+    options = ['--limit', 2, '--quant-options', 'calibration.num_images=2', 'calibration.max_boxes=4']
+    fewer = ['--cfg-options', 'model.test_cfg.max_boxes=4']
+    result = result_of(run_tool(pipeline, recipe, '--eval-fp', *options, *fewer, cwd=tmp_path))
+    fp, quant = result['metrics']['fp'], result['metrics']['quant']
+    assert 0.7 < fp['mask_mIoU'] < 0.95
+    assert 0.5 < quant['mask_mIoU'] < fp['mask_mIoU'] + 0.02
+    assert 0.2 < result['size_mb']['packed'] / result['size_mb']['fp'] < 0.35
 
 
 def test_dry_run_does_nothing_but_tell(tiny, tmp_path, monkeypatch, capsys):
