@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     if args.seed is not None:
         overrides['calibration.seed'] = args.seed
     recipe = load_quant_config(args.quant_config, overrides)
+    if args.launcher != 'none' and not torch.cuda.is_available():
+        raise ConfigError(f'--launcher {args.launcher}: mmengine launches on GPUs only, none found; leave it out')
     config = load_model_config(args.model_config, args.cfg_options)
     if args.dry_run:
         from ptqsam.solver.dry_run import describe_run
@@ -171,7 +173,7 @@ def check_key(config: Any, dotted: str) -> None:
 
 def recipe_name(path: str) -> str:
     """Name of a recipe in folder names: exp/mse/w4a4.yaml -> mse_w4a4."""
-    return f'{Path(path).parent.name}_{Path(path).stem}'
+    return f'{Path(path).resolve().parent.name}_{Path(path).stem}'
 
 
 def check_writable(folder: Path) -> None:

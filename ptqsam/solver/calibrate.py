@@ -74,6 +74,7 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Iterable[Any],
         model.test_step(batch)
         _check_finite(quantizers, batch['data_samples'][0])
     for quantizer in progress(quantizers, 'search ranges', 'quantizer'):
+        quantizer.observer.synchronize()
         quantizer.mode = 'quantize'
 
 

@@ -174,29 +174,37 @@ class PTQLoop(TestLoop):
             What the result depends on, and the folder of the packed checkpoint if there is one to go on from.
         """
         options = self.options
-        if options.load is None or options.eval_fp:
+        origin: dict[str, Any] = {}
+        if options.load:
+            ready = Path(options.load)
+        else:
+            self.calib_loader = self.build_calib_loader()
+            origin = self.origin()
+            ready = self.find_resumable(origin)
+        if options.eval_fp or ready is None:
             self.model.init_weights()
-        self.calib_loader = self.build_calib_loader()
         self.model.attach_boxes(self.dataloader.dataset, Path(options.cache_dir))
-        origin = self.origin()
-        ready = Path(options.load) if options.load else self.find_resumable(origin)
         if options.eval_fp:
             self.metrics['fp'] = self.evaluate_float()
         self.float_structure = structure(self.target)
         self.size_mb['fp'] = megabytes(float_bytes(self.target))
-        if ready is None:
+        if ready is not None:
+            self.load(ready)
+        else:
             self.model.attach_boxes(self.calib_loader.dataset, Path(options.cache_dir))
             quantize_model(self.target, self.rules)
-        else:
-            manifest, self.rules = load_packed(ready, self.target)
-            if manifest['recipe'] != self.recipe.plain():
-                raise AssetError(
-                    f"{ready}: made with another recipe ('{manifest['recipe']['algorithm']}', bits "
-                    f'{manifest["recipe"]["bits"]}) than {options.quant}; name the recipe it was made with'
-                )
-            self.errors = {path: QuantizationError(**error) for path, error in manifest['errors'].items()}
-            self.size_mb['packed'] = megabytes(sum(file.stat().st_size for file in ready.iterdir()))
         return origin, ready
+
+    def load(self, folder: Path) -> None:
+        """Take over a packed checkpoint, which must have been made with this recipe."""
+        manifest, self.rules = load_packed(folder, self.target)
+        if manifest['recipe'] != self.recipe.plain():
+            raise AssetError(
+                f"{folder}: made with another recipe ('{manifest['recipe']['algorithm']}', bits "
+                f'{manifest["recipe"]["bits"]}) than {self.options.quant}; name the recipe it was made with'
+            )
+        self.errors = {path: QuantizationError(**error) for path, error in manifest['errors'].items()}
+        self.size_mb['packed'] = megabytes(sum(file.stat().st_size for file in folder.iterdir()))
 
     def build_calib_loader(self) -> Any:
         """Loader of the drawn calibration images, one per batch."""
@@ -204,7 +212,9 @@ class PTQLoop(TestLoop):
         dataset = build_dataset(self.calib_dataset)
         names = image_names(dataset)
         if shared := set(names) & set(self.evaluated_split):
-            self.runner.logger.warning(f'calibration: {len(shared)} images are evaluated as well and left out')
+            self.runner.logger.warning(
+                f'calibration: {len(shared)} of {len(names)} images are evaluated as well; they are left out'
+            )
         drawn = draw_images(names, self.evaluated_split, calibration.num_images, calibration.seed)
         dataset.get_subset_(drawn)
         loader = dict(

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from ptqsam.cli import main
 from tests.tiny import ROOT, run_tool, tool_command
@@ -163,6 +164,8 @@ def test_bad_usage(tiny, tmp_path, monkeypatch, capsys):
     fails(capsys, 2, 'no such recipe', model, tmp_path / 'no.yaml')
     fails(capsys, 2, "did you mean 'score_thr'?", model, recipe, '--cfg-options', 'model.test_cfg.score_th=0.1')
     fails(capsys, 2, "unknown key 'calibration.sed'", model, recipe, '--quant-options', 'calibration.sed=1')
+    if not torch.cuda.is_available():
+        fails(capsys, 2, 'on GPUs only', model, recipe, '--launcher', 'pytorch')
     fails(capsys, 2, 'got 16', model, recipe, '--quant-options', 'bits.act=16')
     fails(capsys, 2, 'calibration set has 4', model, recipe, '--quant-options', 'calibration.num_images=5')
     assert not list(tmp_path.rglob('result.json')) and not list(tmp_path.rglob('manifest.json'))
