@@ -3,16 +3,18 @@
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptqsam.checkpoint import float_bytes
 from ptqsam.config import QuantConfig
@@ -20,9 +22,13 @@ from ptqsam.errors import AssetError, ConfigError
 from ptqsam.estimate import Work, measure_machine, measure_work, memory_in_use, packed_bytes
 from ptqsam.report.summary import align, rule_table
 from ptqsam.solver.calibrate import draw_images
-from ptqsam.solver.loop import RunOptions
-from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.loop import RunOptions, build_dataset, image_names
+from ptqsam.solver.prepare import act_quantizers, quantize_model
 from ptqsam.solver.rules import RuleBook
+
+# memory that an allocator takes over the tensors that exist at a time; MobileSAM on COCO took 1.5 to 2.4 GB on a CPU,
+# the estimate is 1.6
+ALLOCATOR = 1.5
 
 
 @dataclass
@@ -32,14 +38,14 @@ class Images:
     Attributes:
         file: annotation file.
         wanted: images to be used; None: all.
-        available: images in the annotation file.
+        names: file names of all images in the annotation file.
         objects: image id -> annotated objects, of the images that will be used; None where that is not known.
         problem: what is missing and what to do, or ''.
     """
 
     file: Path
     wanted: int | None
-    available: int = 0
+    names: list[str] = field(default_factory=list)
     objects: dict[Any, int] | None = None
     problem: str = ''
 
@@ -63,20 +69,26 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
     Raises:
         ConfigError: the model config cannot be built, a rule matches nothing, or nothing is quantized.
     """
+    drawn = recipe.calibration
     with DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmdet')):
         with torch.device('meta'):
             model = MODELS.build(config.model).eval().requires_grad_(False)
-        calibration = find_images(config.calib_dataset, recipe.calibration.num_images, recipe.calibration.seed)
-        evaluation = find_images(config.test_dataloader.dataset, limit)
-    encoder, decoder = encoder_work(model), decoder_work(model)
+        evaluation = find_images(config.test_dataloader.dataset, limit, lambda names: range(len(names))[:limit])
+        calibration = find_images(
+            config.calib_dataset,
+            drawn.num_images,
+            lambda names: draw_images(names, evaluation.names, drawn.num_images, drawn.seed),
+        )
     float_size = float_bytes(model.sam)
     rules = RuleBook(recipe)
     with torch.device('meta'):
         quantize_model(model.sam, rules)
     packed_size = packed_bytes(model.sam)
+    with copies_counted(model.sam):
+        encoder, decoder = encoder_work(model), decoder_work(model)
 
     stages = {
-        'calibrate': (calibration, min(recipe.calibration.max_boxes, model.options.max_boxes)),
+        'calibrate': (calibration, min(drawn.max_boxes, model.options.max_boxes)),
         'evaluate': (evaluation, model.options.max_boxes),
     }
     sections = [
@@ -88,30 +100,42 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
     return '\n\n'.join('\n'.join(section) for section in sections)
 
 
-def find_images(dataset_config: Any, wanted: int | None, seed: int | None = None) -> Images:
+def find_images(dataset_config: Any, wanted: int | None, choose: Callable[[list[str]], Iterable[int]]) -> Images:
     """Look at a dataset's annotations.
 
     Args:
         dataset_config: config of an mmdet dataset.
         wanted: images to be used; None: all.
-        seed: draw them at random with this seed; None: take the first ones.
+        choose: file names of all images -> positions of those to be used.
 
     Returns:
-        What was found; a missing or damaged file is its `problem`.
+        What was found; a missing or damaged file, or too few images, are its `problem`.
     """
     images = Images(Path(dataset_config.get('data_root') or '', dataset_config.ann_file), wanted)
     try:
-        dataset = DATASETS.build(dataset_config)
-        dataset.full_init()
-        images.available = len(dataset)
-        count = images.available if wanted is None else wanted
-        used = range(min(count, images.available)) if seed is None else draw_images(images.available, count, seed)
-    except (AssetError, ConfigError, FileNotFoundError) as error:
+        dataset = build_dataset(dataset_config)
+        images.names = image_names(dataset)
+        infos = [dataset.get_data_info(index) for index in choose(images.names)]
+    except (AssetError, ConfigError) as error:
         images.problem = str(error)
         return images
-    infos = [dataset.get_data_info(index) for index in used]
     images.objects = {info['img_id']: sum(not item['ignore_flag'] for item in info['instances']) for info in infos}
     return images
+
+
+@contextmanager
+def copies_counted(model: nn.Module) -> Iterator[None]:
+    """Let quantizers that are off make the copies that they make when they are on; for `measure_work`."""
+
+    def copy(quantizer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return output if kwargs.get('inplace') else output.clone()
+
+    handles = [quantizer.register_forward_hook(copy, with_kwargs=True) for quantizer in act_quantizers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def encoder_work(model: Any) -> Work:
@@ -138,7 +162,7 @@ def data_lines(model: Any, calibration: Images, evaluation: Images) -> list[str]
     lines = []
     for title, images in (('calibrate', calibration), ('evaluate', evaluation)):
         wanted = 'all' if images.wanted is None else images.wanted
-        available = f' of {images.available}' if images.available else ''
+        available = f' of {len(images.names)}' if images.names else ''
         lines.append(f'{title:9}  {wanted}{available} images, {images.file}')
     problems = [images.problem for images in (calibration, evaluation) if images.problem]
     for checkpoint in (model.sam.checkpoint, getattr(model.detector, 'checkpoint', None)):
@@ -196,7 +220,7 @@ def estimate_lines(
         weights: bytes of SAM.
     """
     device = torch.device(get_device())
-    memory = memory_in_use(device) + weights + max(encoder.peak, decoder.peak)
+    memory = memory_in_use(device) + weights + ALLOCATOR * max(encoder.peak, decoder.peak)
     machine, chunk = measure_machine(device), model.options.chunk_size
     rows: list[tuple[str, ...]] = [('stage', 'images', 'boxes', 'time', 'memory')]
     for stage, (images, most) in stages.items():
