@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ptqsam.allocator import keep_freed_memory
 from ptqsam.checkpoint import load_packed, save_packed, structure
 from ptqsam.config import QuantConfig
+from ptqsam.errors import ConfigError
 from ptqsam.report.summary import align
 from ptqsam.solver.calibrate import calibrate_weights
 from ptqsam.solver.freeze import freeze
@@ -85,6 +86,8 @@ def benchmark(setting: Setting, repeat: int) -> dict[str, dict[str, float]]:
 
 def prepare_process(setting: Setting) -> None:
     """Make this process compute as the main job does, with the threads that are asked for and fixed random numbers."""
+    if setting.device == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError('--device cuda: torch finds no GPU here; use --device cpu')
     keep_freed_memory()
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)

@@ -71,7 +71,7 @@ def save_packed(
     float_structure: dict[str, list[int]],
     recipe: dict[str, Any],
     origin: dict[str, Any],
-    errors: dict[str, dict[str, float]],
+    errors: dict[str, dict[str, float | None]],
 ) -> int:
     """Write a frozen model.
 
@@ -112,7 +112,12 @@ def save_packed(
         dtypes=dtypes,
         errors=errors,
     )
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest | dict(checksum=fingerprint(manifest)))
+    return packed_size(folder)
+
+
+def packed_size(folder: Path) -> int:
+    """Bytes of a packed checkpoint."""
     return (folder / TENSORS).stat().st_size + (folder / MANIFEST).stat().st_size
 
 
@@ -127,8 +132,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise AssetError(f'{folder}: no packed checkpoint here ({MANIFEST} is missing); a finished run writes one')
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
-        known = manifest['format']
-    except (ValueError, KeyError, TypeError):
+        known, checksum = manifest['format'], manifest.pop('checksum')
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise AssetError(
             f'{path}: not a manifest of a packed checkpoint; make it again by running the recipe'
         ) from None
@@ -136,6 +141,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise AssetError(
             f"{path}: format '{known}', this version reads '{FORMAT}'; make it again by running the recipe"
         )
+    if fingerprint(manifest) != checksum:
+        raise AssetError(f'{path}: was damaged or changed since it was written; make it again by running the recipe')
     tensors = folder / TENSORS
     if not tensors.is_file():
         raise AssetError(f'{tensors}: missing; make the packed checkpoint again by running the recipe')
@@ -165,7 +172,8 @@ def load_packed(folder: Path, model: nn.Module) -> tuple[dict[str, Any], RuleBoo
             'shapes); use the model config that it was made with'
         )
     rules = RuleBook(parse_quant_config(manifest['recipe'], str(folder / MANIFEST)))
-    quantize_model(model, rules)
+    device = next(model.parameters()).device
+    quantize_model(model.cpu(), rules)
     planned = {q.path: dict(type=type(q).__name__, bits=q.bits) for q in quantizers(model)}
     if planned != manifest['quantizers']:
         raise AssetError(f'{folder}: its quantizers are not those of its recipe; make it again by running the recipe')
@@ -183,6 +191,7 @@ def load_packed(folder: Path, model: nn.Module) -> tuple[dict[str, Any], RuleBoo
     _restore_weights(model, packed, manifest['weights'])
     for quantizer in quantizers(model):
         quantizer.mode = 'quantize'
+    model.to(device)
     return manifest, rules
 
 
@@ -192,7 +201,7 @@ def _restore_weights(model: nn.Module, packed: dict[str, Tensor], layout: dict[s
     for name, op, quantizer in quant_ops(model):
         bits, shape = layout[f'{name}.weight']['bits'], layout[f'{name}.weight']['shape']
         codes = unpack_codes(packed[f'{name}.weight'].numpy(), bits, int(np.prod(shape))).reshape(shape)
-        values = quantizer.decode(torch.from_numpy(codes).to(op.weight.device, torch.int32) + quantizer.qmin)
+        values = quantizer.decode(torch.from_numpy(codes).to(torch.int32) + quantizer.qmin)
         op.weight = nn.Parameter(values, requires_grad=False)
         op.frozen = True
 

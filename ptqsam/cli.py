@@ -5,6 +5,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -111,17 +112,25 @@ def run(args: argparse.Namespace) -> int:
         print(describe_run(config, recipe, args.limit))
         return 0
     work_dir = args.work_dir or Path('work_dirs') / Path(args.model_config).stem / recipe_name(args.quant_config)
-    check_writable(work_dir)
-    runner = build_runner(config, recipe, args, work_dir)
+    cache_dir = Path(os.environ.get('PTQSAM_CACHE') or 'work_dirs/cache')
+    for folder, option in ((work_dir, '--work-dir'), (args.show_dir, '--show-dir'), (cache_dir, 'PTQSAM_CACHE')):
+        if folder is not None:
+            check_writable(folder, option)
+    runner = build_runner(config, recipe, args, work_dir, cache_dir)
     runner.test()
     if is_main_process():
-        show_result(runner.test_loop.result)
+        show_result(runner.test_loop.result, args.show_dir)
     return 0
 
 
 def one_line(error: PTQSAMError) -> str:
     """Message of an error; torch wraps one from a data loader's worker process into a traceback."""
-    return str(error).strip().split('\n')[-1].split(f'{type(error).__name__}: ')[-1]
+    return unwrap(str(error).strip().split('\n')[-1].split(f'{type(error).__name__}: ')[-1])
+
+
+def unwrap(message: str) -> str:
+    """Message in one line, without the class and file that mmengine's registry puts before it."""
+    return re.sub(r'^(class `\w+` in \S+: )+', '', ' '.join(message.strip('"\'').split()))
 
 
 def load_model_config(path: str, overrides: dict[str, Any]) -> Config:
@@ -141,7 +150,7 @@ def load_model_config(path: str, overrides: dict[str, Any]) -> Config:
         raise ConfigError(f'{path}: no such model config; they lie in configs/<detector>/')
     try:
         config = Config.fromfile(path)
-    except (OSError, SyntaxError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, SyntaxError, KeyError, AttributeError, NameError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f'{path}: cannot read this config ({" ".join(str(error).split())})') from None
     for key in overrides:
         check_key(config, key)
@@ -176,8 +185,8 @@ def recipe_name(path: str) -> str:
     return f'{Path(path).resolve().parent.name}_{Path(path).stem}'
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a work dir that cannot be written, before any work is done.
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be written, before any work is done.
 
     Raises:
         ConfigError: with the reason.
@@ -187,7 +196,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f'--work-dir {folder}: cannot write there ({error.strerror}); choose another') from None
+        raise ConfigError(f'{option} {folder}: cannot write there ({error.strerror}); choose another') from None
 
 
 class QuantRunner(Runner):
@@ -202,7 +211,9 @@ class QuantRunner(Runner):
         return logger
 
 
-def build_runner(config: Config, recipe: QuantConfig, args: argparse.Namespace, work_dir: Path) -> Runner:
+def build_runner(
+    config: Config, recipe: QuantConfig, args: argparse.Namespace, work_dir: Path, cache_dir: Path
+) -> Runner:
     """One checked Runner config from the model config, the recipe and the command line; built.
 
     Args:
@@ -210,6 +221,7 @@ def build_runner(config: Config, recipe: QuantConfig, args: argparse.Namespace, 
         recipe: checked recipe.
         args: command line.
         work_dir: where results go.
+        cache_dir: where detector boxes are kept.
 
     Returns:
         A runner whose test loop is `PTQLoop`.
@@ -224,7 +236,7 @@ def build_runner(config: Config, recipe: QuantConfig, args: argparse.Namespace, 
         resume=args.resume,
         load=args.load and str(args.load),
         show_dir=args.show_dir and str(args.show_dir),
-        cache_dir=os.environ.get('PTQSAM_CACHE', 'work_dirs/cache'),
+        cache_dir=str(cache_dir),
     )
     config.test_cfg = dict(
         type='PTQLoop', recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)
@@ -236,12 +248,20 @@ def build_runner(config: Config, recipe: QuantConfig, args: argparse.Namespace, 
     config.randomness = dict(seed=seed)
     # experiment_name keys mmengine's global logger; two runs in one process must not share it
     config.experiment_name = f'{options.model}_{options.quant}_{time.time_ns()}'
-    return QuantRunner.from_cfg(config)
+    try:
+        runner = QuantRunner.from_cfg(config)
+        _ = runner.test_loop  # builds datasets, metrics and hooks
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f'{args.model_config}: cannot be built ({unwrap(str(error))})') from None
+    return runner
 
 
-def show_result(result: dict[str, Any]) -> None:
+def show_result(result: dict[str, Any], show_dir: Path | None) -> None:
     """Print the result table, where the artefacts lie, and the JSON object as the last line."""
-    print()
-    print(result_table(result))
-    print(f'\n{result["images"]} images; {result["work_dir"]}: result.json, summary.csv, sqnr.png, packed/')
+    names = ('result.json', 'summary.csv', 'sqnr.png', 'packed')
+    print(f'\n{result_table(result)}\n')
+    print(f'{result["images"]} images; in {result["work_dir"]}:', end=' ')
+    print(*(name for name in names if (Path(result['work_dir']) / name).exists()), sep=', ')
+    if show_dir is not None:
+        print(f'{len(list(show_dir.iterdir()))} pictures in {show_dir}')
     print(json.dumps(result))

@@ -2,13 +2,13 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import yaml
 from mmengine.config import Config
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ptqsam.errors import ConfigError
+from ptqsam.yaml_files import check_yaml_chain
 
 
 class Schema(BaseModel):
@@ -18,7 +18,7 @@ class Schema(BaseModel):
 
 
 class Part(BaseModel):
-    """Something built from a registry: ``{type: MSE, exponent: 2.4}``. The constructor checks the arguments."""
+    """Something built from a registry: ``{type: LSQ, symmetric: true}``. The constructor checks the arguments."""
 
     model_config = ConfigDict(extra='allow', strict=True, frozen=True)
 
@@ -54,6 +54,18 @@ class Rule(Schema):
     quantizer: Part | None = None
     observer: Part | None = None
 
+    @model_validator(mode='after')
+    def settings_stand_where_they_belong(self) -> Self:
+        """Refuse a rule that says nothing, and settings that the rule or the quantizer decides."""
+        if all(value is None for name, value in self if name != 'match'):
+            raise ValueError('the rule has no effect; give enabled, bits, quantizer or observer')
+        for part, own in ((self.quantizer, ('bits', 'observer')), (self.observer, ('bits', 'symmetric', 'ch_axis'))):
+            for key in own:
+                if part is not None and key in part.kwargs():
+                    place = 'the quantizer' if key in ('symmetric', 'ch_axis') else 'the rule'
+                    raise ValueError(f"'{key}' of {part.type} belongs to {place}")
+        return self
+
 
 class Observers(Schema):
     """Observers for weights and for activations."""
@@ -74,7 +86,7 @@ class Calibration(Schema):
 
     num_images: int = Field(default=32, ge=1)
     max_boxes: int = Field(default=16, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     observer: Observers = Observers()
 
 
@@ -103,7 +115,7 @@ class QuantConfig(Schema):
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain dicts and lists, for manifests and fingerprints."""
-        return self.model_dump(mode='json', exclude_none=True)
+        return self.model_dump(mode='json')
 
 
 def load_quant_config(path: str | Path, overrides: dict[str, Any] | None = None) -> QuantConfig:
@@ -120,17 +132,13 @@ def load_quant_config(path: str | Path, overrides: dict[str, Any] | None = None)
         ConfigError: file missing, not YAML, unknown key, wrong type, value out of range.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.suffix not in ('.yaml', '.yml') or not path.is_file():
         raise ConfigError(f'{path}: no such recipe; recipes lie in exp/<algorithm>/<bits>.yaml')
+    check_yaml_chain(path.resolve())
     try:
-        config = Config.fromfile(path)
-    except yaml.YAMLError as error:
-        reason = ' '.join(str(error).split())
-        raise ConfigError(f'{path}: not valid YAML ({reason})') from None
-    except FileNotFoundError as error:
-        raise ConfigError(f'{path}: _base_ not found ({error})') from None
-    except AttributeError:
-        raise ConfigError(f'{path}: a recipe is a mapping of keys to values; see exp/minmax/w8a8.yaml') from None
+        config = Config.fromfile(path, import_custom_modules=False)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f'{path}: does not fit its _base_ files, or uses a reserved key ({error})') from None
     where = str(path)
     if overrides:
         try:

@@ -5,16 +5,12 @@ address cannot be reached, the other sources of the table are tried in order.
 """
 
 import difflib
-import fcntl
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptqsam.errors import AssetError, ConfigError
-from ptqsam.fileio import sha256_file
+from ptqsam.fileio import folder_lock, sha256_file
 from ptqsam.sources import Package, SourceError, Url, file_size
 
 
@@ -156,7 +152,7 @@ def fetch(name: str, root: str | os.PathLike | None = None, progress: bool = Tru
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _folder_lock(path.parent):
+            with folder_lock(path.parent, 'download into this folder'):
                 if not path.exists():  # another process may have fetched it while this one waited
                     _download(checkpoint, path, progress)
                     return path
@@ -206,23 +202,6 @@ def _download_from(source: Url | Package, checkpoint: Checkpoint, part: Path, pr
     if problem:
         part.unlink()
         raise SourceError(f'not the official file, {problem}; what came was deleted')
-
-
-@contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time download into ``folder``; ends with the process, leaves no file behind."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f'{folder}: waiting for another download into this folder', file=sys.stderr, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass  # some network file systems cannot lock a folder; the hash still guards the result
-        yield
-    finally:
-        os.close(handle)
 
 
 def _part_of(path: Path) -> Path:

@@ -76,13 +76,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def measure_work(forward: Callable[[], Any]) -> Work:
-    """Run a computation on meta tensors and add up what it would cost.
+    """Run a computation on meta tensors and add up what it would cost, but for what operators do inside.
 
     Args:
         forward: the computation; tensors that it makes without a device are made on the meta device.
-
-    Returns:
-        Its cost. Buffers that operators use inside are not seen.
     """
     counter, recorder = FlopCounterMode(display=False), _Recorder()
     with torch.no_grad(), torch.device('meta'), counter, recorder:

@@ -1,8 +1,10 @@
 """Files that are either complete or absent, and names that change with their content."""
 
+import fcntl
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +46,28 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_lock(folder: str | os.PathLike, work: str) -> Iterator[None]:
+    """Let one process at a time do some work in a folder; ends with the process, leaves no file behind.
+
+    Args:
+        folder: an existing folder.
+        work: what another process may be doing there, told on stderr while this one waits.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'{folder}: waiting for another {work}', file=sys.stderr, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # some network file systems cannot lock a folder; hashes still guard what is written
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.tiny import RECIPE, ROOT, write_pipeline
 
 # set before torch is imported: tests are small, and more threads than this only get in each other's way
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 os.environ.setdefault('MPLBACKEND', 'Agg')
-# no test may depend on a network or wait for one
-os.environ.setdefault('WANDB_MODE', 'offline')
+# no test may depend on a network or wait for one, whatever the shell is set to
+os.environ['WANDB_MODE'] = 'offline'
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 # the same examples in every run, and no limit on the time of one: a busy machine must not fail a test
@@ -50,8 +50,6 @@ def tiny(tmp_path_factory, scenes) -> Path:
     import torch
     from mmengine.config import Config
     from mmengine.registry import init_default_scope
-
-    from tests.tiny import RECIPE, write_pipeline
 
     folder = tmp_path_factory.mktemp('tiny')
     config = Config.fromfile(write_pipeline(folder, scenes))

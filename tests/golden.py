@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.tiny import ROOT
+
 FOLDER = Path(os.environ.get('PTQSAM_GOLDEN', ROOT.parent / 'shared' / 'spec' / 'golden'))
 
 

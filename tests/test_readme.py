@@ -1,6 +1,7 @@
 """README.md is a program: its commands must exist, take the options shown, and name files that are there.
 
-A ```` ```bash ```` block directly below the comment ``<!-- test: run -->`` is executed as well.
+A ```` ```bash ```` block directly below the comment ``<!-- test: run -->`` is executed as well, and the config and the
+recipe that it shows are built.
 """
 
 import functools
@@ -14,8 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
+from mmdet.registry import MODELS
 
-ROOT = Path(__file__).resolve().parents[1]
+from ptqsam.cli import load_model_config
+from ptqsam.config import load_quant_config
+from ptqsam.solver.prepare import quantize_model, quantizers
+from ptqsam.solver.rules import RuleBook
+from tests.tiny import ROOT
+
 RUN_MARK = '<!-- test: run -->'
 RUN_LIMIT_SECONDS = 300
 # the console entry of setup.py, and the tool that does the same
@@ -115,20 +123,44 @@ def options_of(tool: str) -> frozenset[str]:
 
 
 def command_environment() -> dict[str, str]:
-    """The environment of the reader: `python` and the console entry are those that run the tests."""
-    return {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}'}
+    """The environment of the reader, in which the project is installed."""
+    return {**os.environ, 'PYTHONPATH': str(ROOT)}
+
+
+def runnable(source: str) -> str:
+    """A block as it is run: `python` and the console entry are the interpreter and the checkout of the tests."""
+    python = f'{shlex.quote(sys.executable)} "$@"'
+    entry = f'{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / ENTRY_TOOL))} "$@"'
+    return f'python() {{ {python}; }}\n{ENTRY}() {{ {entry}; }}\n{source}'
+
+
+def example(text: str, language: str) -> str:
+    """The one block of a language in a Markdown text, with the paths in `_base_` absolute."""
+    (source,) = re.findall(rf'^```{language}\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+    source, changed = re.subn(r"(_base_\s*[=:]\s*'?)(?=(configs|exp)/)", rf'\g<1>{ROOT}/', source)
+    assert changed == 1, f'the {language} example has no _base_ in configs/ or exp/'
+    return source
 
 
 @pytest.fixture(scope='module')
-def blocks() -> list[Block]:
-    readme = ROOT / 'README.md'
-    assert readme.is_file(), 'README.md is missing'
-    return parse_blocks(readme.read_text(encoding='utf-8'))
+def readme() -> str:
+    path = ROOT / 'README.md'
+    assert path.is_file(), 'README.md is missing'
+    return path.read_text(encoding='utf-8')
+
+
+@pytest.fixture(scope='module')
+def blocks(readme: str) -> list[Block]:
+    return parse_blocks(readme)
 
 
 @pytest.fixture(scope='module')
 def targets() -> set[str]:
     return make_targets((ROOT / 'Makefile').read_text(encoding='utf-8'))
+
+
+def test_no_placeholder_is_left(readme: str) -> None:
+    assert '@@' not in readme
 
 
 def test_quick_start_is_there(blocks: list[Block]) -> None:
@@ -148,20 +180,49 @@ def test_commands_are_real(blocks: list[Block], targets: set[str]) -> None:
 
 
 def test_marked_blocks_run(blocks: list[Block]) -> None:
-    for block in blocks:
-        if block.run:
-            done = subprocess.run(
-                ['bash', '-euo', 'pipefail', '-c', block.source],
-                cwd=ROOT,
-                env=command_environment(),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=RUN_LIMIT_SECONDS,
-            )
-            assert done.returncode == 0, (
-                f'block at line {block.line} ends with {done.returncode}: {done.stderr[-2000:]}'
-            )
+    marked = [block for block in blocks if block.run]
+    assert marked, f'README.md: no block stands below {RUN_MARK}'
+    for block in marked:
+        assert block.commands, f'block at line {block.line} is to be run and holds no command'
+        done = subprocess.run(
+            ['bash', '-euo', 'pipefail', '-c', runnable(block.source)],
+            cwd=ROOT,
+            env=command_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=RUN_LIMIT_SECONDS,
+        )
+        assert done.returncode == 0, f'block at line {block.line} ends with {done.returncode}: {done.stderr[-2000:]}'
+
+
+def test_blocks_are_run_by_the_interpreter_of_the_tests() -> None:
+    source = runnable('python -c "import sys; print(sys.executable)"\nptqsam-test --help | head -1\npython -c "1 +"\n')
+    command = ['bash', '-euo', 'pipefail', '-c', source]
+    done = subprocess.run(command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=120)
+    first, second = done.stdout.splitlines()
+    assert first == sys.executable and second.startswith(f'usage: {ENTRY}')
+    assert done.returncode == 1 and 'SyntaxError' in done.stderr
+
+
+def test_own_sam_and_own_recipe_build(readme: str, tmp_path: Path) -> None:
+    (tmp_path / 'my_sam.py').write_text(example(readme, 'python'))
+    (tmp_path / 'mine.yaml').write_text(example(readme, 'yaml'))
+    config = load_model_config(str(tmp_path / 'my_sam.py'), {})
+    recipe = load_quant_config(tmp_path / 'mine.yaml')
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    rules = RuleBook(recipe)
+    quantize_model(model.sam, rules)
+    built = {quantizer.path: quantizer.bits for quantizer in quantizers(model.sam)}
+    assert built == {choice.point.path: choice.bits for choice in rules.enabled}
+    assert len(recipe.rules) > 0 and set(built.values()) > {recipe.bits.weight}
+    # every rule of the example shows in the model
+    for position, rule in enumerate(recipe.rules, start=1):
+        decided = [choice for choice in rules.choices if choice.rule.startswith(f'rule {position} ')]
+        assert decided, f'rule {position} has no effect'
+        assert all(choice.point.path not in built for choice in decided if rule.enabled is False)
+        assert all(built[choice.point.path] == rule.bits for choice in decided if rule.bits is not None)
 
 
 SAMPLE = r"""

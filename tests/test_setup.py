@@ -2,7 +2,6 @@
 
 import re
 import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ptqsam
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.tiny import ROOT
 
 
 @pytest.fixture

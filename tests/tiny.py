@@ -1,9 +1,11 @@
 """A pipeline that runs in a second: a SAM with random weights and a few composed scenes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +25,7 @@ model = dict(
         type='SegmentAnything',
         image_size=size,
         checkpoint={checkpoint!r},
-        arch={arch},
+        arch={arch!r},
     ),
 )
 calib_dataset = dict(data_root='{data}/', pipeline=pipeline)
@@ -33,8 +35,8 @@ test_evaluator = [
     dict(type='MaskIoU'),
 ]
 """
-DECODER = 'out_chans=16, decoder_num_heads=2, decoder_mlp_dim=32, iou_head_hidden_dim=16'
-ARCH = f'dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=2, {DECODER})'
+DECODER = dict(out_chans=16, decoder_num_heads=2, decoder_mlp_dim=32, iou_head_hidden_dim=16)
+ARCH = dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=2, **DECODER)
 RECIPE = """
 algorithm: tiny
 bits: {weight: 4, act: 8}
@@ -42,14 +44,14 @@ calibration: {num_images: 2, max_boxes: 4, observer: {weight: {type: MinMax}, ac
 """
 
 
-def write_pipeline(folder: Path, data: Path, checkpoint: Path | None = None, arch: str = ARCH) -> Path:
+def write_pipeline(folder: Path, data: Path, checkpoint: Path | None = None, arch: dict[str, Any] = ARCH) -> Path:
     """Write a model config of the tiny pipeline.
 
     Args:
         folder: where to.
         data: folder of composed scenes.
         checkpoint: weights of the tiny SAM, None for random ones.
-        arch: settings of the encoder, as Python text.
+        arch: settings of the SAM.
 
     Returns:
         The config.
@@ -69,3 +71,8 @@ def tool_command(*args: object) -> dict:
 def run_tool(*args: object, cwd: Path) -> subprocess.CompletedProcess:
     """Run `tools/test_quant.py` in a subprocess."""
     return subprocess.run(**tool_command(*args), cwd=cwd, capture_output=True, timeout=300)
+
+
+def accept_interrupts() -> None:
+    """`preexec_fn` of a process that is to get Ctrl-C: one started in the background inherits SIGINT as ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

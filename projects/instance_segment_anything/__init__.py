@@ -9,7 +9,7 @@ ensure_torchvision()
 
 # the imports below need torchvision, and importing them is what registers the parts
 from .box_cache import cached_boxes, load_boxes  # noqa: E402
-from .coco import CheckedCocoDataset, check_dataset  # noqa: E402
+from .coco import CheckedCocoDataset  # noqa: E402
 from .detector_prompted_sam import DetectorPromptedSAM  # noqa: E402
 from .masks import decode_masks, encode_masks  # noqa: E402
 from .metrics import MaskIoU, SubsetCocoMetric  # noqa: E402
@@ -32,7 +32,6 @@ __all__ = [
     'SubsetCocoMetric',
     'TinyViTEncoder',
     'cached_boxes',
-    'check_dataset',
     'decode_masks',
     'describe_sam',
     'encode_masks',

@@ -1,7 +1,10 @@
-"""Detector boxes, computed once per detector, weights and annotation file, and kept as COCO-format results."""
+"""Detector boxes, computed once per detector, weights, annotation file and images, kept as COCO-format results."""
 
 import hashlib
 import json
+import os
+import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,17 +17,19 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.structures import InstanceData
 
 from ptqsam.errors import AssetError, ConfigError
-from ptqsam.fileio import fingerprint, sha256_file, write_json
+from ptqsam.fileio import fingerprint, folder_lock, sha256_file, write_json
 from ptqsam.progress import progress
 
 from .mmdet_detector import MMDetDetector
 from .oracle import OracleDetector
 from .prompts import PromptOptions
 
-_FORMAT = 'ptqsam boxes 1'
+_FORMAT = 'ptqsam boxes 2'
 # generous, because score threshold and number of boxes are applied when the boxes are used
 _MIN_SCORE = 0.01
 _MAX_BOXES = 300
+# seconds between writes while the detector runs: what an interruption can cost
+_SAVE_EVERY = 60.0
 
 Boxes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -40,35 +45,46 @@ def cached_boxes(detector: MMDetDetector, dataset: Any, cache_dir: str | Path, d
 
     Returns:
         The file. Its name and content depend on the detector's config, pipeline and weights, and on the annotation
-        file and the classes of the dataset. ``detections`` in it is a list in COCO's results format.
+        file, the classes and the image folder of the dataset; boxes of an image whose file has another size than when
+        they were found are found again. ``detections`` in it is a list in COCO's results format. What has been found is
+        written about every minute, and when the work ends early.
 
     Raises:
         AssetError: an image is missing or broken, the weights do not fit, or the file was tampered with.
-        ConfigError: the detector knows more classes than the dataset.
+        ConfigError: the detector knows more classes than the dataset, or the folder cannot be written.
     """
-    made_with = dict(
-        detector=detector.identity(),
-        annotations=sha256_file(dataset.ann_file),
-        classes=list(dataset.metainfo['classes']),
-        category_ids=[int(number) for number in dataset.cat_ids],
-    )
-    key = fingerprint(made_with)
-    path = Path(cache_dir) / f'boxes_{Path(dataset.ann_file).stem}_{key}.json'
-    if is_main_process():
-        content = _read(path, key) if path.exists() else _new_content(key, made_with)
-        images = [dataset.get_data_info(index) for index in range(len(dataset))]
-        done = set(content['image_ids'])
-        missing = [image for image in images if image['img_id'] not in done]
-        if missing:
-            for image in progress(missing, 'detect boxes', 'image'):
-                sample = DetDataSample(metainfo={name: image[name] for name in ('img_id', 'img_path')})
-                content['detections'] += _as_coco(detector.detect(sample, device), image, made_with['category_ids'])
-                content['image_ids'].append(image['img_id'])
-            detector.release()
-            content['sha256'] = _checksum(content)
-            write_json(path, content, indent=None)
+    path, key, made_with = _place(detector, dataset, cache_dir)
+    if is_main_process() and _missing(_content(path, key, made_with), dataset):
+        _check_writable(path.parent)
+        # only one process detects; one that waited finds the boxes of the other
+        with folder_lock(path.parent, 'detection of boxes for this folder'):
+            _detect_missing(detector, dataset, path, _content(path, key, made_with), device)
     barrier()
     return path
+
+
+def known_boxes(detector: MMDetDetector, dataset: Any, cache_dir: str | Path) -> dict[int, Boxes] | None:
+    """What `load_boxes` returns, if the boxes of all images of a dataset are on disk, else None; see `cached_boxes`."""
+    path, key, made_with = _place(detector, dataset, cache_dir)
+    return None if _missing(_content(path, key, made_with), dataset) else load_boxes(path)
+
+
+def check_limits(options: PromptOptions) -> None:
+    """Refuse options that ask for more boxes than a file of `cached_boxes` keeps.
+
+    Raises:
+        ConfigError: names the limit.
+    """
+    if options.score_thr < _MIN_SCORE:
+        raise ConfigError(
+            f'model.test_cfg.score_thr={options.score_thr} is too small: boxes of a detector are kept from a score of '
+            f'{_MIN_SCORE} on; use {_MIN_SCORE} or more'
+        )
+    if options.max_boxes > _MAX_BOXES:
+        raise ConfigError(
+            f'model.test_cfg.max_boxes={options.max_boxes} is too large: of a detector, the best {_MAX_BOXES} boxes of '
+            f'an image are kept; use {_MAX_BOXES} or less'
+        )
 
 
 def load_boxes(path: str | Path) -> dict[int, Boxes]:
@@ -91,7 +107,7 @@ def load_boxes(path: str | Path) -> dict[int, Boxes]:
         x, y, width, height = found['bbox']
         rows[found['image_id']].append((x, y, x + width, y + height, found['score'], labels[found['category_id']]))
     boxes = {}
-    for image_id in content['image_ids']:
+    for image_id in (image['id'] for image in content['images']):
         table = np.array(rows[image_id], dtype=np.float64).reshape(-1, 6)
         boxes[image_id] = (table[:, :4].astype(np.float32), table[:, 4].astype(np.float32), table[:, 5].astype(int))
     return boxes
@@ -133,8 +149,100 @@ class AttachBoxes(BaseTransform):
         return results
 
 
-def _new_content(key: str, made_with: dict[str, Any]) -> dict[str, Any]:
-    return dict(format=_FORMAT, fingerprint=key, made_with=made_with, image_ids=[], detections=[])
+def _place(detector: MMDetDetector, dataset: Any, cache_dir: str | Path) -> tuple[Path, str, dict[str, Any]]:
+    """The file for a detector and a dataset; what its boxes depend on, beside the single images, in short and long."""
+    made_with = dict(
+        detector=detector.identity(),
+        annotations=sha256_file(dataset.ann_file),
+        classes=list(dataset.metainfo['classes']),
+        category_ids=[int(number) for number in dataset.cat_ids],
+        # relative, so that a data set may be moved
+        folder=os.path.relpath(dataset.data_prefix.get('img') or '.', dataset.data_root or '.'),
+    )
+    key = fingerprint(made_with)
+    return Path(cache_dir) / f'boxes_{Path(dataset.ann_file).stem}_{key}.json', key, made_with
+
+
+def _content(path: Path, key: str, made_with: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, or what a new one begins with."""
+    if path.exists():
+        return _read(path, key)
+    return dict(format=_FORMAT, fingerprint=key, made_with=made_with, images=[], detections=[])
+
+
+def _missing(content: dict[str, Any], dataset: Any) -> list[dict[str, Any]]:
+    """Images of a dataset whose boxes are not there, or were found in a file of another size."""
+    done = {image['id']: image['bytes'] for image in content['images']}
+    images = [dataset.get_data_info(index) for index in range(len(dataset))]
+    return [
+        image for image in images if image['img_id'] not in done or done[image['img_id']] != _size(image['img_path'])
+    ]
+
+
+def _size(path: str) -> int | None:
+    """Bytes of an image; None where there is none, which the detector has to say."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def _detect_missing(
+    detector: MMDetDetector, dataset: Any, path: Path, content: dict[str, Any], device: torch.device
+) -> None:
+    """Add what the detector finds in images that are missing, and write the file, however this ends."""
+    missing = _missing(content, dataset)
+    stale = {image['img_id'] for image in missing}
+    content['images'] = [image for image in content['images'] if image['id'] not in stale]
+    content['detections'] = [found for found in content['detections'] if found['image_id'] not in stale]
+    # an image and its boxes in one append: an interruption cannot part them
+    fresh: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    saved = time.monotonic()
+    try:
+        for image in progress(missing, 'detect boxes', 'image'):
+            listed = dict(id=image['img_id'], bytes=_size(image['img_path']))
+            sample = DetDataSample(metainfo={name: image[name] for name in ('img_id', 'img_path')})
+            found = detector.detect(sample, device)
+            fresh.append((listed, _as_coco(found, image, content['made_with']['category_ids'])))
+            if time.monotonic() - saved >= _SAVE_EVERY:
+                _write(path, content, fresh)
+                saved = time.monotonic()
+    finally:
+        detector.release()
+        if fresh:
+            _write(path, content, fresh)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before the detector runs.
+
+    Raises:
+        ConfigError: names the knob.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error.strerror) from None
+
+
+def _write(path: Path, content: dict[str, Any], fresh: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
+    """Write what was there and what was found since."""
+    content = {
+        **content,
+        'images': content['images'] + [image for image, _ in fresh],
+        'detections': content['detections'] + [item for _, found in fresh for item in found],
+    }
+    content['sha256'] = _checksum(content)
+    try:
+        write_json(path, content, indent=None)
+    except (OSError, ConfigError) as error:
+        raise _unwritable(path.parent, error) from None
+
+
+def _unwritable(folder: Path, reason: Any) -> ConfigError:
+    return ConfigError(f'{folder}: cannot keep detector boxes here ({reason}); set PTQSAM_CACHE to another folder')
 
 
 def _read(path: Path, key: str | None = None) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from ptqsam.errors import ConfigError, GateError
 from ptqsam.fileio import fingerprint, sha256_file
 
-from .box_cache import AttachBoxes, CachedBoxes, cached_boxes
-from .checks import reject_unknown
+from .box_cache import AttachBoxes, CachedBoxes, cached_boxes, check_limits, known_boxes
+from .checks import build_checked, checked_arguments, reject_unknown
 from .masks import encode_masks
 from .mmdet_detector import MMDetDetector
 from .oracle import OracleDetector
@@ -27,6 +28,7 @@ _MAX_PIXELS = 2**25
 
 
 @MODELS.register_module()
+@checked_arguments('model')
 class DetectorPromptedSAM(BaseDetector):
     """Instance segmentation by SAM with the boxes of a detector as prompts.
 
@@ -52,15 +54,20 @@ class DetectorPromptedSAM(BaseDetector):
         data_preprocessor: Mapping[str, Any] | None = None,
     ) -> None:
         # built here, because mmengine would look for mmdet's under its own names
-        super().__init__(data_preprocessor=data_preprocessor and MODELS.build(data_preprocessor))
-        test_cfg = test_cfg or {}
+        built = (
+            None if data_preprocessor is None else build_checked('model.data_preprocessor', MODELS, data_preprocessor)
+        )
+        super().__init__(data_preprocessor=built)
+        test_cfg = {} if test_cfg is None else test_cfg
+        if not isinstance(test_cfg, Mapping):
+            raise ConfigError(f'model.test_cfg={test_cfg!r} must be a dict')
         reject_unknown('model.test_cfg', test_cfg, [field.name for field in fields(PromptOptions)])
         self.options = PromptOptions(**test_cfg)
+        self.sam: SegmentAnything = build_checked('model.sam', MODELS, sam)
         self.sam_config = {name: value for name, value in sam.items() if name != 'checkpoint'}
-        self.sam: SegmentAnything = MODELS.build(sam)
         self.detector: OracleDetector | MMDetDetector
         if isinstance(detector, Mapping) and detector.get('type') == 'OracleDetector':
-            self.detector = MODELS.build(detector)
+            self.detector = build_checked('model.detector', MODELS, detector)
         else:
             self.detector = MMDetDetector(detector, detector_checkpoint, detector_pipeline)
 
@@ -108,13 +115,42 @@ class DetectorPromptedSAM(BaseDetector):
             dataset: an mmdet ``CocoDataset`` whose pipeline ends with ``PackDetInputs``; gets one more step, which
                 replaces that of an earlier call.
             cache_dir: folder for the boxes of a detector (see ``cached_boxes``); the oracle's need no file.
+
+        Raises:
+            AssetError, ConfigError: see ``cached_boxes``; or the options ask for boxes that the file does not keep.
         """
         if self.detector.from_annotations:
             source = self.detector
         else:
+            check_limits(self.options)
             source = CachedBoxes(cached_boxes(self.detector, dataset, cache_dir, self.device))
         steps = [step for step in dataset.pipeline.transforms if not isinstance(step, AttachBoxes)]
         dataset.pipeline.transforms = [*steps, AttachBoxes(source, self.options)]
+
+    def count_boxes(self, dataset: Any, cache_dir: str | Path) -> list[int] | None:
+        """Number of prompt boxes of each image of a dataset, without running the detector.
+
+        Args:
+            dataset: an mmdet ``CocoDataset``, whole or a subset.
+            cache_dir: folder for the boxes of a detector.
+
+        Returns:
+            One number per image, in order; None where the detector would have to run first.
+
+        Raises:
+            AssetError: the detector's weights are missing, or its boxes were tampered with.
+            ConfigError: the detector's config is wrong, or the options ask for boxes that the file does not keep.
+        """
+        images = [dataset.get_data_info(index) for index in range(len(dataset))]
+        if self.detector.from_annotations:
+            counts = [sum(not item['ignore_flag'] for item in image['instances']) for image in images]
+            return [min(count, self.options.max_boxes) for count in counts]
+        check_limits(self.options)
+        boxes = known_boxes(self.detector, dataset, cache_dir)
+        if boxes is None:
+            return None
+        counts = [int((boxes[image['img_id']][1] >= self.options.score_thr).sum()) for image in images]
+        return [min(count, self.options.max_boxes) for count in counts]
 
     @torch.no_grad()
     def predict(
@@ -155,12 +191,17 @@ class DetectorPromptedSAM(BaseDetector):
         """
         scale = proposals.bboxes.new_tensor(metainfo['scale_factor']).repeat(2)
         masks: list[dict] = []
-        quality = []
+        quality, finite = [], []
         for start in range(0, len(proposals), self.options.chunk_size):
             boxes = proposals.bboxes[start : start + self.options.chunk_size] * scale
             logits, iou = self.decode_logits(embedding, boxes)
+            finite.append(torch.isfinite(logits).all() & torch.isfinite(iou).all())
             masks += self._binary_masks(logits, metainfo['img_shape'], metainfo['ori_shape'])
             quality.append(iou)
+        if finite and not torch.stack(finite).all():
+            raise GateError(
+                f"{metainfo['img_path']}: SAM's masks or scores are NaN or infinite; check the checkpoint and the image"
+            )
         scores = proposals.scores
         if self.options.use_sam_iou and quality:
             scores = scores * torch.cat(quality)

@@ -14,11 +14,13 @@ from mmdet.registry import METRICS
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.evaluator import BaseMetric
 
+from .checks import checked_arguments
 from .coco import CheckedCOCO
 from .masks import encode_masks
 
 
 @METRICS.register_module()
+@checked_arguments('test_evaluator (SubsetCocoMetric)')
 class SubsetCocoMetric(CocoMetric):
     """mmdet's ``CocoMetric`` over the images that were run instead of all images of the annotation file.
 
@@ -91,6 +93,7 @@ class SubsetCocoMetric(CocoMetric):
 
 
 @METRICS.register_module()
+@checked_arguments('test_evaluator (MaskIoU)')
 class MaskIoU(BaseMetric):
     """Mean IoU of the masks that SAM makes, object by object, apart from how the detector ranks them.
 

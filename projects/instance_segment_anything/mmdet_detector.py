@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose, pseudo_collate
@@ -17,6 +17,8 @@ from mmengine.structures import InstanceData
 from ptqsam.errors import ConfigError
 from ptqsam.fileio import sha256_file
 from ptqsam.weights import load_state_dict_strict, load_weights
+
+from .checks import build_checked
 
 # weight averages that some training hooks leave in a checkpoint beside the weights
 _NOT_WEIGHTS = (r'^ema_',)
@@ -39,6 +41,10 @@ class MMDetDetector:
         checkpoint: str | None = None,
         pipeline: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
+        if not isinstance(config, str | Mapping):
+            raise ConfigError(f'model.detector={config!r} must be the name or path of an mmdet config, or a dict')
+        if not isinstance(checkpoint, str | None):
+            raise ConfigError(f'model.detector_checkpoint={checkpoint!r} must be a path')
         self.config = config
         self.checkpoint = checkpoint
         self.pipeline = pipeline
@@ -69,9 +75,9 @@ class MMDetDetector:
         if not model or not pipeline:
             missing = 'model' if not model else 'test pipeline (give model.detector_pipeline)'
             raise ConfigError(f'model.detector: has no {missing}; name an mmdet config or write it out')
-        steps = [step for step in _plain(pipeline) if not step['type'].endswith('Annotations')]
+        steps = [step for step in _plain(pipeline) if not step.get('type', '').endswith('Annotations')]
         for step in steps:
-            if step['type'] == 'LoadImageFromFile':
+            if step.get('type') == 'LoadImageFromFile':
                 step['type'] = 'LoadImage'
         return _plain(model), steps
 
@@ -105,8 +111,8 @@ class MMDetDetector:
     def _build(self) -> None:
         config, pipeline = self.resolve()
         with DefaultScope.overwrite_default_scope('mmdet'):
-            model = MODELS.build(ConfigDict(config))
-            self._transforms = Compose(pipeline)
+            model = build_checked('model.detector', MODELS, ConfigDict(config))
+            steps = [build_checked('model.detector_pipeline', TRANSFORMS, step) for step in pipeline]
         load_state_dict_strict(
             model,
             load_weights(self._checkpoint()),
@@ -114,7 +120,7 @@ class MMDetDetector:
             ignore=_NOT_WEIGHTS,
             hint=lambda _: 'model.detector_checkpoint must hold weights of model.detector',
         )
-        self._model = model.eval()
+        self._model, self._transforms = model.eval(), Compose(steps)
 
     def _checkpoint(self) -> str:
         if self.checkpoint is None:

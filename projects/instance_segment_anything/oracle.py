@@ -9,8 +9,11 @@ from mmengine.structures import InstanceData
 
 from ptqsam.errors import ConfigError
 
+from .checks import check_kind, checked_arguments
+
 
 @MODELS.register_module()
+@checked_arguments('model.detector')
 class OracleDetector:
     """Prompts with the boxes of the annotations, in their order, without crowds, each with score 1.
 
@@ -22,6 +25,8 @@ class OracleDetector:
     from_annotations = True  # nothing to compute, nothing to cache
 
     def __init__(self, jitter: float = 0.0, seed: int = 0) -> None:
+        check_kind('model.detector.jitter', jitter, 0.1)
+        check_kind('model.detector.seed', seed, 0)
         if not 0 <= jitter < 0.5:
             raise ConfigError(f'model.detector.jitter={jitter} is out of range; choose 0 to 0.5, for example 0.1')
         self.jitter = jitter
@@ -56,9 +61,6 @@ class OracleDetector:
             height, width = data_sample.ori_shape
             boxes = boxes.minimum(boxes.new_tensor([width, height, width, height])).clamp(min=0)
         return InstanceData(bboxes=boxes, scores=boxes.new_ones(len(boxes)), labels=truth.labels.to(device))
-
-    def release(self) -> None:
-        """Nothing is held."""
 
     def _offsets(self, boxes: np.ndarray, img_id: int) -> torch.Tensor:
         sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)

@@ -1,10 +1,12 @@
 """How boxes become prompts and masks become scored instances."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mmengine.structures import InstanceData
 
 from ptqsam.errors import ConfigError
+
+from .checks import check_kind
 
 
 @dataclass(frozen=True)
@@ -12,8 +14,9 @@ class PromptOptions:
     """The options of the field (``model.test_cfg``).
 
     Args:
-        score_thr: boxes with a lower score are left out; 0.05 is usual for CNN detectors, 0 for DETR types.
-        max_boxes: the best so many boxes of an image are used.
+        score_thr: boxes with a lower score are left out; 0.05 is usual for CNN detectors, less for DETR types.
+            Boxes of a detector are kept from 0.01 on.
+        max_boxes: the best so many boxes of an image are used; of a detector, 300 are kept.
         use_sam_iou: an instance's score is the detector's score times SAM's predicted IoU, else the detector's.
         multimask: SAM predicts three masks per box and the one of the best predicted IoU is taken, else one.
         cascade: number of extra passes that feed the mask back as a prompt beside the box.
@@ -28,6 +31,8 @@ class PromptOptions:
     chunk_size: int = 16
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_kind(f'model.test_cfg.{field.name}', getattr(self, field.name), field.default)
         for name, least in (('max_boxes', 1), ('cascade', 0), ('chunk_size', 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f'model.test_cfg.{name}={getattr(self, name)} is too small; use {least} or more')

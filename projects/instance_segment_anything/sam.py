@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.weights import load_state_dict_strict, load_weights
 
-from .checks import reject_unknown
+from .checks import check_kind, checked_arguments, reject_unknown
 from .tiny_vit import TinyViTEncoder, from_official
 
 # name -> settings; each entry is also what a user may write as a dict for an own SAM
@@ -45,6 +45,7 @@ _PATCH_SIZE = 16  # of the ViT, and the total stride of TinyViT
 
 
 @MODELS.register_module()
+@checked_arguments('model.sam')
 class SegmentAnything(nn.Module):
     """Segment Anything v1 with box and mask prompts. A plain module: no framework inside.
 
@@ -58,7 +59,7 @@ class SegmentAnything(nn.Module):
             built without its weights (on the meta device, too).
 
     Raises:
-        ConfigError: unknown architecture or setting.
+        ConfigError: unknown architecture or setting, or a setting of the wrong kind.
 
     Source: Kirillov et al., "Segment Anything", arXiv:2304.02643; modules of the ``segment-anything`` package.
     """
@@ -70,11 +71,13 @@ class SegmentAnything(nn.Module):
     ) -> None:
         super().__init__()
         settings = _resolve_arch(arch)
-        if image_size % _PATCH_SIZE:
+        check_kind('model.sam.image_size', image_size, 1024)
+        if image_size < _PATCH_SIZE or image_size % _PATCH_SIZE:
             raise ConfigError(f'model.sam.image_size={image_size} is no multiple of {_PATCH_SIZE}; use 1024')
+        if not isinstance(checkpoint, str | None):
+            raise ConfigError(f'model.sam.checkpoint={checkpoint!r} must be a path')
         self.image_size = image_size
         self.checkpoint = checkpoint
-        self.is_mobile = settings['encoder'] == 'tiny_vit'
         dim, grid = settings['out_chans'], image_size // _PATCH_SIZE
         self.image_encoder = _build_encoder(settings, image_size)
         self.prompt_encoder = PromptEncoder(dim, (grid, grid), (image_size, image_size), mask_in_chans=16)
@@ -193,6 +196,8 @@ def _resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
         if arch not in ARCHS:
             raise ConfigError(f"model.sam.arch='{arch}' is unknown; choose one of {sorted(ARCHS)} or give a dict")
         arch = ARCHS[arch]
+    elif not isinstance(arch, Mapping):
+        raise ConfigError(f'model.sam.arch={arch!r} must be one of {sorted(ARCHS)} or a dict of settings')
     encoders = {'vit': _VIT_DEFAULTS, 'tiny_vit': _TINY_VIT_DEFAULTS}
     encoder = arch.get('encoder', 'vit')
     if encoder not in encoders:
@@ -200,6 +205,8 @@ def _resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     defaults = {**_COMMON_DEFAULTS, **encoders[encoder]}
     reject_unknown('model.sam.arch', arch, defaults)
     settings = {**defaults, **arch}
+    for key, value in settings.items():
+        check_kind(f'model.sam.arch.{key}', value, defaults[key])
     if encoder == 'tiny_vit':
         for key in ('embed_dims', 'depths', 'num_heads', 'window_sizes'):
             if len(settings[key]) != 4:

@@ -10,8 +10,11 @@ from PIL import Image
 
 from ptqsam.errors import AssetError
 
+from .checks import checked_arguments
+
 
 @TRANSFORMS.register_module()
+@checked_arguments('pipeline (LoadImage)')
 class LoadImage(LoadImageFromFile):
     """mmcv's loading of an image as BGR, but a file that is not a whole image is named and ends the run.
 
@@ -49,6 +52,7 @@ class LoadImage(LoadImageFromFile):
 
 
 @TRANSFORMS.register_module()
+@checked_arguments('pipeline (ResizeLongestSide)')
 class ResizeLongestSide(BaseTransform):
     """Scale an image so that its longer side has ``size`` pixels, exactly as SAM's own preprocessing does.
 

@@ -1,5 +1,6 @@
 """Error that each quantizer adds to the tensor it quantizes: SQNR and cosine similarity."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,15 @@ class QuantizationError:
     sqnr: float
     cosine: float
 
+    def plain(self) -> dict[str, float | None]:
+        """Values for a JSON file, which knows no infinity: an exact result has SQNR None."""
+        return dict(sqnr=None if math.isinf(self.sqnr) else self.sqnr, cosine=self.cosine)
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> 'QuantizationError':
+        """Inverse of `plain`."""
+        return cls(math.inf if values['sqnr'] is None else values['sqnr'], values['cosine'])
+
 
 def error_sums(x: Tensor, x_hat: Tensor) -> Tensor:
     """Sums from which SQNR and cosine follow, float64 (4,): x^2, (x_hat - x)^2, x_hat^2, x * x_hat."""
@@ -35,7 +45,7 @@ def error_sums(x: Tensor, x_hat: Tensor) -> Tensor:
 def error_from_sums(sums: Tensor) -> QuantizationError:
     """SQNR and cosine from the sums of `error_sums`; an exact result has infinite SQNR."""
     signal, noise, quantized, product = sums.tolist()
-    sqnr = float('inf') if noise == 0 else 10 * float(torch.log10(torch.tensor(max(signal, 1e-30) / noise)))
+    sqnr = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-30) / noise)
     norm = (signal * quantized) ** 0.5
     return QuantizationError(sqnr, product / norm if norm > 0 else float(signal == quantized))
 

@@ -1,8 +1,5 @@
 """Quantized replacements of modules, registered by the class they replace."""
 
-from ptqsam.modules import (
-    sam_decoder_attention,  # noqa: F401  (declares the roles of the decoder's attentions)
-)
 from ptqsam.modules.base import Build, PassThrough, QuantModule, child_role
 from ptqsam.modules.mlp import QuantMLP
 from ptqsam.modules.ops import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantNorm, QuantOp

@@ -53,9 +53,9 @@ class QuantDecoderAttention(QuantModule):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend, q (B, N, C), k and v (B, M, C) -> (B, N, C)."""
-        q = self._heads(self.q(self.q_proj(q), inplace=True))
-        k = self._heads(self.k(self.k_proj(k), inplace=True))
-        v = self._heads(self.v(self.v_proj(v), inplace=True))
+        q = self._heads(self.q(self.q_proj(q)))
+        k = self._heads(self.k(self.k_proj(k)))
+        v = self._heads(self.v(self.v_proj(v)))
         attention = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
         out = self.softmax(attention.softmax(dim=-1), inplace=True) @ v
         return self.out_proj(out.transpose(1, 2).flatten(2))

@@ -134,6 +134,6 @@ def slices_allowed(quantizer: Quantizer | PassThrough) -> bool:
     """Whether a tensor may reach a quantizer in slices.
 
     Not while it observes, since an observer counts calls, and not while it is off, since products of slices need
-    not equal the original's batched product bit for bit.
+    not equal the original's batched product bit for bit, and not with parameters per channel.
     """
-    return isinstance(quantizer, Quantizer) and quantizer.mode == 'quantize'
+    return isinstance(quantizer, Quantizer) and quantizer.mode == 'quantize' and quantizer.ch_axis is None

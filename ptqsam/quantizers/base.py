@@ -56,6 +56,11 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
             raise ConfigError(f'{type(self).__name__}: bits is {bits!r}, but must be a whole number from 2 to 8')
+        if not isinstance(symmetric, bool) or isinstance(ch_axis, bool) or not isinstance(ch_axis, int | None):
+            raise ConfigError(
+                f'{type(self).__name__}: symmetric is {symmetric!r} and ch_axis {ch_axis!r}, '
+                'but must be true or false, and a whole number or null'
+            )
         self.bits = bits
         self.ch_axis = ch_axis
         self.symmetric = symmetric
@@ -135,9 +140,9 @@ class Quantizer(nn.Module, ABC):
             return x
         return self.fake_quantize(x, inplace)
 
-    @abstractmethod
     def fake_quantize(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """Quantized values of `x`, differentiable; equal to `decode(encode(x))`."""
+        """Quantized values of `x`; a subclass may have a faster, differentiable way to the same values."""
+        return self.decode(self.encode(x))
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ def result_table(result: dict[str, Any]) -> str:
     if metrics['fp'] is not None:
         rows.append(('FP32', *(f'{metrics["fp"][name]:.4f}' for name in names), f'{result["size_mb"]["fp"]:.1f}'))
     label = f'{result["algorithm"]} W{bits["weight"]}A{bits["act"]}'
+    if any(set(result['quantized'][kind]) - {str(bits[kind])} for kind in ('weight', 'act')):
+        label += ' (rules: other bits)'
     rows.append((label, *(f'{metrics["quant"][name]:.4f}' for name in names), f'{result["size_mb"]["packed"]:.1f}'))
     return align(rows)
 

@@ -34,10 +34,10 @@ def draw_images(names: Sequence[str], evaluated: Sequence[str], count: int, seed
     pool = [position for position, name in enumerate(names) if name not in taboo]
     if count > len(pool):
         shared = len(names) - len(pool)
-        reason = f' ({shared} more are evaluated as well; calibrate on the train split)' if shared else ''
+        reason = f' ({shared} more have the names of evaluated images; calibrate on the train split)' if shared else ''
+        advice = f'; lower it with --quant-options calibration.num_images={len(pool)}' if pool else ''
         raise ConfigError(
-            f'calibration.num_images: {count} wanted, but the calibration set has {len(pool)}{reason}; lower it with '
-            f'--quant-options calibration.num_images={len(pool)}'
+            f'calibration.num_images: {count} wanted, but the calibration set has {len(pool)}{reason}{advice}'
         )
     return sorted(pool[index] for index in np.random.default_rng(seed).permutation(len(pool))[:count])
 
@@ -66,22 +66,28 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Iterable[Any],
     """
     quantizers = act_quantizers(target)
     for quantizer in quantizers:
+        quantizer.reset()
         quantizer.mode = 'observe'
     rng = np.random.default_rng(seed)
     for batch in progress(batches, 'calibrate', 'image'):
         for data_sample in batch['data_samples']:
             limit_boxes(data_sample, max_boxes, rng)
-        model.test_step(batch)
-        _check_finite(quantizers, batch['data_samples'][0])
+        try:
+            model.test_step(batch)
+        finally:
+            # also when the model itself refuses its output: this names the quantizer, too
+            _check_finite(quantizers, batch['data_samples'][0])
     for quantizer in progress(quantizers, 'search ranges', 'quantizer'):
         quantizer.observer.synchronize()
         quantizer.mode = 'quantize'
+        quantizer.observer.reset()  # frees its samples
 
 
 @torch.no_grad()
 def calibrate_weights(target: nn.Module) -> None:
     """Observe all weights and set the parameters of their quantizers."""
     for _, op, quantizer in progress(list(quant_ops(target)), 'search weights', 'weight'):
+        quantizer.reset()
         quantizer.mode = 'observe'
         quantizer(op.weight)
         quantizer.mode = 'quantize'

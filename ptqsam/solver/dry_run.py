@@ -1,8 +1,6 @@
 """What a run would do, without doing it: which quantizer goes where, sizes, data, rough time and memory per stage."""
 
-import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,9 +24,9 @@ from ptqsam.solver.loop import RunOptions, build_dataset, image_names
 from ptqsam.solver.prepare import act_quantizers, quantize_model
 from ptqsam.solver.rules import RuleBook
 
-# memory that an allocator takes over the tensors that exist at a time; MobileSAM on COCO took 1.5 to 2.4 GB on a CPU,
-# the estimate is 1.6
-ALLOCATOR = 1.5
+# Memory of a run over that of the tensors which exist at a time in a forward pass: the allocator's pieces, and the
+# measurement of quantization errors. Measured on a CPU: MobileSAM 1.5 to 2.4 GB (estimate 1.5), SAM-B 3.8 (4.4).
+OVERHEAD = 2
 
 
 @dataclass
@@ -39,20 +37,20 @@ class Images:
         file: annotation file.
         wanted: images to be used; None: all.
         names: file names of all images in the annotation file.
-        objects: image id -> annotated objects, of the images that will be used; None where that is not known.
+        dataset: of the images that will be used; None where that is not known.
         problem: what is missing and what to do, or ''.
     """
 
     file: Path
     wanted: int | None
     names: list[str] = field(default_factory=list)
-    objects: dict[Any, int] | None = None
+    dataset: Any = None
     problem: str = ''
 
     @property
     def count(self) -> int | None:
         """Images that will be used, as far as is known."""
-        return self.wanted if self.objects is None else len(self.objects)
+        return self.wanted if self.dataset is None else len(self.dataset)
 
 
 def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
@@ -115,11 +113,11 @@ def find_images(dataset_config: Any, wanted: int | None, choose: Callable[[list[
     try:
         dataset = build_dataset(dataset_config)
         images.names = image_names(dataset)
-        infos = [dataset.get_data_info(index) for index in choose(images.names)]
+        dataset.get_subset_(list(choose(images.names)))
     except (AssetError, ConfigError) as error:
         images.problem = str(error)
         return images
-    images.objects = {info['img_id']: sum(not item['ignore_flag'] for item in info['instances']) for info in infos}
+    images.dataset = dataset
     return images
 
 
@@ -189,22 +187,13 @@ def box_count(model: Any, images: Images, most: int) -> tuple[int | None, bool]:
 
 
 def known_counts(model: Any, images: Images) -> list[int] | None:
-    """Prompt boxes of each image: the annotated ones for the oracle, else those in the box cache, if all are there."""
-    if images.objects is None:
+    """Prompt boxes of each image, where the annotations or the box cache tell."""
+    if images.dataset is None:
         return None
-    if model.detector.from_annotations:
-        return list(images.objects.values())
     try:
-        identity = model.detector.identity()
-    except AssetError:  # its checkpoint is missing, which `data_lines` tells
+        return model.count_boxes(images.dataset, os.environ.get('PTQSAM_CACHE', RunOptions.cache_dir))
+    except AssetError:  # the detector's checkpoint is missing, which `data_lines` tells
         return None
-    for path in Path(os.environ.get('PTQSAM_CACHE', RunOptions.cache_dir)).glob(f'boxes_{images.file.stem}_*.json'):
-        content = json.loads(path.read_text(encoding='utf-8'))
-        if content['made_with']['detector'] == identity and images.objects.keys() <= set(content['image_ids']):
-            used = [item for item in content['detections'] if item['score'] >= model.options.score_thr]
-            counts = Counter(item['image_id'] for item in used)
-            return [counts[image_id] for image_id in images.objects]
-    return None
 
 
 def estimate_lines(
@@ -220,7 +209,7 @@ def estimate_lines(
         weights: bytes of SAM.
     """
     device = torch.device(get_device())
-    memory = memory_in_use(device) + weights + ALLOCATOR * max(encoder.peak, decoder.peak)
+    memory = memory_in_use(device) + weights + OVERHEAD * max(encoder.peak, decoder.peak)
     machine, chunk = measure_machine(device), model.options.chunk_size
     rows: list[tuple[str, ...]] = [('stage', 'images', 'boxes', 'time', 'memory')]
     for stage, (images, most) in stages.items():

@@ -4,6 +4,7 @@ The released code of this field evaluated models with soft weights and half-floa
 D1 and D2). The gate looks at the model as it will be evaluated and stops the run when anything is left.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from ptqsam.errors import GateError
 from ptqsam.evaluation.quantization_error import QuantizationError, error_from_sums, error_sums
 from ptqsam.modules import QuantOp
 from ptqsam.quantizers import Quantizer
+from ptqsam.registry import QUANTIZERS
 from ptqsam.solver.prepare import quant_ops, quantizers
 from ptqsam.solver.rules import Choice
 
@@ -52,27 +54,48 @@ def check_gate(model: nn.Module, planned: list[Choice]) -> None:
 
 def violations(model: nn.Module, planned: list[Choice]) -> Iterator[str]:
     """All ways in which a model is not quantized as planned, one line each."""
-    present = {q.path: q for q in quantizers(model)}
+    present = list(quantizers(model))
+    counts = Counter(quantizer.path for quantizer in present)
+    yield from (f'{path}: {count} quantizers of this name' for path, count in counts.items() if count > 1)
+    by_path = {quantizer.path: quantizer for quantizer in present}
     for choice in planned:
-        path = choice.point.path
-        if path not in present:
+        path, wanted = choice.point.path, QUANTIZERS.get(choice.quantizer.type)
+        if path not in by_path:
             yield f'{path}: no quantizer, but {choice.rule} puts one there'
-        elif present[path].bits != choice.bits:
-            yield f'{path}: {present[path].bits} bits, but {choice.rule} says {choice.bits}'
-    for quantizer in present.values():
+        elif by_path[path].bits != choice.bits or type(by_path[path]) is not wanted:
+            found = f'{type(by_path[path]).__name__} with {by_path[path].bits} bits'
+            yield f'{path}: {found}, but {choice.rule} says {choice.quantizer.type} with {choice.bits}'
+    for quantizer in present:
         yield from _quantizer_violations(quantizer)
     for name, op, quantizer in quant_ops(model):
         yield from _weight_violations(name, op, quantizer)
 
 
 def _quantizer_violations(quantizer: Quantizer) -> Iterator[str]:
+    path, scale, zero_point = quantizer.path, quantizer.scale.detach(), quantizer.zero_point
     if quantizer.mode != 'quantize':
-        yield f"{quantizer.path}: mode is '{quantizer.mode}', not 'quantize'"
-    scale, zero_point = quantizer.scale.detach(), quantizer.zero_point
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        yield f'{quantizer.path}: a scale is not finite and positive'
-    if not bool(((zero_point >= quantizer.qmin) & (zero_point <= quantizer.qmax)).all()):
-        yield f'{quantizer.path}: a zero point lies outside {quantizer.qmin}..{quantizer.qmax}'
+        yield f"{path}: mode is '{quantizer.mode}', not 'quantize'"
+    if scale.numel() == 0 or scale.numel() != zero_point.numel() or (quantizer.ch_axis is None and scale.numel() > 1):
+        yield f'{path}: {scale.numel()} scales and {zero_point.numel()} zero points'
+    elif not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        yield f'{path}: a scale is not finite and positive'
+    elif not bool(((zero_point >= quantizer.qmin) & (zero_point <= quantizer.qmax)).all()):
+        yield f'{path}: a zero point lies outside {quantizer.qmin}..{quantizer.qmax}'
+    elif quantizer.mode == 'quantize' and quantizer.ch_axis is None:
+        yield from _probe_violations(quantizer)
+
+
+@torch.no_grad()
+def _probe_violations(quantizer: Quantizer) -> Iterator[str]:
+    """Send a ramp over and beyond the levels through a quantizer: what it does counts, not what it says."""
+    levels = quantizer.levels()
+    reach = (levels[-1] - levels[0]) / 4
+    ramp = torch.lerp(levels[0] - reach, levels[-1] + reach, torch.linspace(0, 1, 2048, device=levels.device))
+    result = quantizer(ramp)
+    if not torch.equal(result, quantizer.decode(quantizer.encode(ramp))) or not torch.equal(result, quantizer(ramp)):
+        yield f'{quantizer.path}: values are not those of its integer codes (stochastic or soft)'
+    elif (count := most_distinct(result, None)) > 2**quantizer.bits:
+        yield f'{quantizer.path}: {count} distinct values, {quantizer.bits} bits allow {2**quantizer.bits}'
 
 
 def _weight_violations(name: str, op: QuantOp, quantizer: Quantizer) -> Iterator[str]:

@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,19 @@ from mmengine.registry import DATASETS, LOOPS
 from mmengine.runner import Runner, TestLoop
 
 from ptqsam import __version__
-from ptqsam.checkpoint import MANIFEST, float_bytes, load_packed, read_manifest, save_packed, structure
+from ptqsam.checkpoint import (
+    MANIFEST,
+    float_bytes,
+    load_packed,
+    packed_size,
+    read_manifest,
+    save_packed,
+    structure,
+)
 from ptqsam.config import parse_quant_config
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
-from ptqsam.fileio import fingerprint, write_json
+from ptqsam.fileio import fingerprint, sha256_file, write_json
 from ptqsam.progress import progress
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import Gallery, plot_quantization_errors, write_summary
@@ -32,6 +40,7 @@ from ptqsam.solver.rules import RuleBook
 
 # images on which the error of the activation quantizers is measured
 ERROR_IMAGES = 2
+RESULT_FILES = ('result.json', 'summary.csv', 'sqnr.png')
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,9 @@ class RunOptions:
 class PTQLoop(TestLoop):
     """Quantize the SAM of a detector-prompted model and evaluate it.
 
-    At each stage the runner's hooks are called: `before_<stage>` and `after_<stage>` for prepare, calibrate, freeze,
-    evaluate and report, and `after_failure` if one fails. Between `after_freeze` and evaluation stands the gate.
+    At each stage the runner's hooks are called: `before_<stage>` and `after_<stage>` for load, evaluate_fp, prepare,
+    calibrate, freeze, evaluate and report, and `after_failure` if one fails. After the hooks of `before_evaluate`
+    stands the gate, with nothing between it and packing and evaluation.
 
     Args:
         runner: mmengine runner; its model has a child `sam` and a method `attach_boxes`.
@@ -142,18 +152,23 @@ class PTQLoop(TestLoop):
     def run_stages(self) -> None:
         """Stage after stage, with the gate before evaluation."""
         self.model.eval()
+        with self.stage('load'):
+            origin, ready = self.load_model()
+        if self.options.eval_fp:
+            with self.stage('evaluate_fp'):
+                self.metrics['fp'] = self.evaluate_float()
         with self.stage('prepare'):
-            origin, ready = self.prepare()
+            self.prepare(ready)
         if ready is None:
             with self.stage('calibrate'):
                 self.calibrate()
             with self.stage('freeze'):
                 self.errors |= freeze(self.target)
-        # after the hooks of `after_freeze`: what the gate sees is what is evaluated
-        check_gate(self.target, self.rules.enabled)
-        if ready is None:
-            self.pack(origin)
         with self.stage('evaluate'):
+            # the last hook has run: what the gate sees is what is packed and evaluated
+            check_gate(self.target, self.rules.enabled)
+            if ready is None:
+                self.pack(origin)
             self.metrics['quant'] = self.evaluate('quant')
         with self.stage('report'):
             self.report()
@@ -167,44 +182,56 @@ class PTQLoop(TestLoop):
         self.seconds[name] = round(time.perf_counter() - start, 2)
         self.runner.call_hook(f'after_{name}')
 
-    def prepare(self) -> tuple[dict[str, Any], Path | None]:
-        """Load weights, attach prompt boxes, evaluate the float model if asked, and put the quantizers in.
+    def load_model(self) -> tuple[dict[str, Any], Path | None]:
+        """Load weights, attach prompt boxes, look for what an earlier run left.
 
         Returns:
             What the result depends on, and the folder of the packed checkpoint if there is one to go on from.
         """
         options = self.options
         origin: dict[str, Any] = {}
+        ready: Path | None
         if options.load:
             ready = Path(options.load)
         else:
             self.calib_loader = self.build_calib_loader()
             origin = self.origin()
             ready = self.find_resumable(origin)
+        if is_main_process():
+            # what an earlier run left must not look like the result of this one
+            for name in RESULT_FILES if ready else (*RESULT_FILES, f'packed/{MANIFEST}'):
+                (self.work_dir / name).unlink(missing_ok=True)
         if options.eval_fp or ready is None:
             self.model.init_weights()
         self.model.attach_boxes(self.dataloader.dataset, Path(options.cache_dir))
-        if options.eval_fp:
-            self.metrics['fp'] = self.evaluate_float()
-        self.float_structure = structure(self.target)
-        self.size_mb['fp'] = megabytes(float_bytes(self.target))
-        if ready is not None:
-            self.load(ready)
-        else:
+        if ready is None:
             self.model.attach_boxes(self.calib_loader.dataset, Path(options.cache_dir))
-            quantize_model(self.target, self.rules)
         return origin, ready
 
-    def load(self, folder: Path) -> None:
-        """Take over a packed checkpoint, which must have been made with this recipe."""
-        manifest, self.rules = load_packed(folder, self.target)
-        if manifest['recipe'] != self.recipe.plain():
+    def prepare(self, ready: Path | None) -> None:
+        """Put the quantizers in: those of the rules, or those of a packed checkpoint."""
+        self.float_structure = structure(self.target)
+        self.size_mb['fp'] = megabytes(float_bytes(self.target))
+        if ready is None:
+            quantize_model(self.target, self.rules)
+            return
+        manifest, self.rules = load_packed(ready, self.target)
+        self.check_same(ready, manifest)
+        self.errors = {path: QuantizationError.from_plain(error) for path, error in manifest['errors'].items()}
+        self.size_mb['packed'] = megabytes(packed_size(ready))
+
+    def check_same(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Refuse a packed checkpoint of another recipe, or of other weights than the float row of the table."""
+        recipe = self.recipe.plain()
+        if differing := [key for key in recipe if manifest['recipe'].get(key) != recipe[key]]:
             raise AssetError(
-                f"{folder}: made with another recipe ('{manifest['recipe']['algorithm']}', bits "
-                f'{manifest["recipe"]["bits"]}) than {self.options.quant}; name the recipe it was made with'
+                f'{folder}: made with another recipe than {self.options.quant}, they differ in '
+                f'{", ".join(differing)}; name the recipe and options that it was made with'
             )
-        self.errors = {path: QuantizationError(**error) for path, error in manifest['errors'].items()}
-        self.size_mb['packed'] = megabytes(sum(file.stat().st_size for file in folder.iterdir()))
+        if self.options.eval_fp and manifest['origin']['checkpoint'] != self.model.origin()['checkpoint']:
+            raise AssetError(
+                f'{folder}: made from other weights than {self.target.checkpoint}; leave out --eval-fp, or name those'
+            )
 
     def build_calib_loader(self) -> Any:
         """Loader of the drawn calibration images, one per batch."""
@@ -231,7 +258,8 @@ class PTQLoop(TestLoop):
         return dict(
             ptqsam=__version__,
             recipe=fingerprint(self.recipe.plain()),
-            calibration_images=fingerprint(image_names(self.calib_loader.dataset)),
+            model_config=fingerprint(self.runner.cfg.model.to_dict()),
+            calibration_data=data_identity(self.calib_loader.dataset, self.calib_dataset),
             **self.model.origin(),
         )
 
@@ -254,8 +282,17 @@ class PTQLoop(TestLoop):
         return packed
 
     def calibrate(self) -> None:
-        """Set the parameters of all quantizers."""
-        calibration = self.recipe.calibration
+        """Set the parameters of all quantizers.
+
+        Raises:
+            ConfigError: an image would reach the observers of the decoder in several pieces.
+        """
+        calibration, chunk = self.recipe.calibration, self.model.options.chunk_size
+        if calibration.max_boxes > chunk:
+            raise ConfigError(
+                f'calibration.max_boxes={calibration.max_boxes} is more than model.test_cfg.chunk_size={chunk}: '
+                'observers would see an image in pieces; make the two equal'
+            )
         calibrate_activations(self.model, self.target, self.calib_loader, calibration.max_boxes, calibration.seed)
         calibrate_weights(self.target)
 
@@ -264,7 +301,7 @@ class PTQLoop(TestLoop):
         batches = islice(self.calib_loader, ERROR_IMAGES)
         self.errors |= measure_quantization_error(self.model, self.target, batches)
         if is_main_process():
-            errors = {path: asdict(error) for path, error in self.errors.items()}
+            errors = {path: error.plain() for path, error in self.errors.items()}
             size = save_packed(
                 self.work_dir / 'packed', self.target, self.float_structure, self.recipe.plain(), origin, errors
             )
@@ -273,7 +310,12 @@ class PTQLoop(TestLoop):
     def evaluate_float(self) -> dict[str, float]:
         """Metrics of the float model; taken from an earlier run when resuming, unless pictures are wanted."""
         path = self.work_dir / 'fp.json'
-        conditions = self.model.origin() | dict(images=fingerprint(image_names(self.dataloader.dataset)))
+        config = self.runner.cfg
+        conditions = self.model.origin() | dict(
+            model_config=fingerprint(config.model.to_dict()),
+            evaluator=fingerprint(config.test_evaluator),
+            data=data_identity(self.dataloader.dataset, config.test_dataloader.dataset),
+        )
         if self.options.resume and self.gallery is None and path.is_file():
             earlier = json.loads(path.read_text(encoding='utf-8'))
             if earlier['conditions'] == conditions:
@@ -309,6 +351,7 @@ class PTQLoop(TestLoop):
             quant=options.quant,
             algorithm=self.recipe.algorithm,
             bits=self.recipe.bits.model_dump(),
+            quantized=self.rules.bit_counts(),
             metrics=dict(self.metrics),
             size_mb=dict(self.size_mb),
             seconds=dict(self.seconds),
@@ -334,6 +377,13 @@ def build_dataset(config: dict[str, Any]) -> Any:
 def image_names(dataset: Any) -> list[str]:
     """File names of a dataset's images, in order; COCO's are unique over its splits."""
     return [Path(dataset.get_data_info(index)['img_path']).name for index in range(len(dataset))]
+
+
+def data_identity(dataset: Any, config: Any) -> str:
+    """Name of the images that a dataset holds, their annotations, and how they are prepared."""
+    files = [Path(dataset.get_data_info(index)['img_path']) for index in range(len(dataset))]
+    sizes = [[file.name, file.stat().st_size if file.is_file() else None] for file in files]
+    return fingerprint([sizes, sha256_file(dataset.ann_file), config])
 
 
 def megabytes(size: int) -> float:

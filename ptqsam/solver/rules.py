@@ -1,6 +1,7 @@
 """Rules: which quantizer goes where. Ordered globs over paths and roles; the later rule wins, field by field."""
 
 import difflib
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -112,6 +113,14 @@ class RuleBook:
     def enabled(self) -> list[Choice]:
         """Decisions that put a quantizer somewhere."""
         return [choice for choice in self.choices if choice.enabled]
+
+    def bit_counts(self) -> dict[str, Any]:
+        """How much is quantized: points in all, and for weights and activations, bits -> quantizers."""
+        counts: dict[str, Any] = dict(points=len(self.choices))
+        for kind in ('weight', 'act'):
+            bits = Counter(choice.bits for choice in self.enabled if choice.point.kind == kind)
+            counts[kind] = {str(width): bits[width] for width in sorted(bits)}
+        return counts
 
     def counts(self) -> list[tuple[str, int]]:
         """For each of the recipe's rules, its name and how many points it matches."""

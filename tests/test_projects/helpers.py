@@ -5,18 +5,8 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
 from projects.instance_segment_anything import DetectorPromptedSAM
+from tests.tiny import ARCH
 
-ARCH = dict(
-    embed_dim=32,
-    depth=2,
-    num_heads=2,
-    global_attn_indexes=(1,),
-    window_size=2,
-    out_chans=16,
-    decoder_num_heads=2,
-    decoder_mlp_dim=32,
-    iou_head_hidden_dim=16,
-)
 PREPROCESSOR = dict(
     type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True
 )

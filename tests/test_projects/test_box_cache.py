@@ -1,12 +1,13 @@
 """Boxes on disk: computed once, extended by missing images, tied to what made them."""
 
 import json
+import threading
 
 import pytest
 import torch
 
 from projects.instance_segment_anything import CheckedCocoDataset, cached_boxes, load_boxes
-from projects.instance_segment_anything.box_cache import CachedBoxes
+from projects.instance_segment_anything.box_cache import CachedBoxes, known_boxes
 from ptqsam.errors import AssetError, ConfigError
 from tests.test_projects.helpers import instances, make_model, make_sample, random_boxes
 
@@ -20,12 +21,15 @@ class CountingDetector:
     def __init__(self, name='a', count=5, labels=(0, 1)):
         self.name, self.count, self.labels = name, count, labels
         self.seen = []
+        self.stop_at = None
         self.held = False
 
     def identity(self):
         return dict(name=self.name)
 
     def detect(self, data_sample, device):
+        if data_sample.img_id == self.stop_at:
+            raise KeyboardInterrupt
         self.seen.append(data_sample.img_id)
         self.held = True
         count = 0 if data_sample.img_id == 2 else self.count
@@ -135,7 +139,7 @@ def changed_format(content):
 
 
 def removed_image(content):
-    content['image_ids'].pop()
+    content['images'].pop()
 
 
 @pytest.mark.parametrize('change', [changed_score, changed_format, removed_image])
@@ -186,10 +190,102 @@ class Broken(CountingDetector):
         return super().detect(data_sample, device)
 
 
-def test_a_failure_leaves_no_file(dataset, tmp_path):
+def test_what_was_found_before_a_failure_is_kept(dataset, tmp_path):
+    detector = Broken()
     with pytest.raises(AssetError, match=r'3\.png'):
-        cached_boxes(Broken(), dataset, tmp_path / 'cache', CPU)
-    assert not list((tmp_path / 'cache').glob('*')) if (tmp_path / 'cache').exists() else True
+        cached_boxes(detector, dataset, tmp_path / 'cache', CPU)
+    assert not detector.held
+    (file,) = (tmp_path / 'cache').iterdir()
+    assert set(load_boxes(file)) == {1, 2}
+
+
+def test_an_interruption_costs_nothing_that_was_found(dataset, tmp_path):
+    detector = CountingDetector()
+    detector.stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        cached_boxes(detector, dataset, tmp_path / 'cache', CPU)
+    again = CountingDetector()
+    path = cached_boxes(again, dataset, tmp_path / 'cache', CPU)
+    assert again.seen == [4, 5]
+    whole = cached_boxes(CountingDetector(), dataset, tmp_path / 'fresh', CPU)
+    assert path.read_text() == whole.read_text()
+
+
+def test_boxes_are_written_in_between(dataset, tmp_path, monkeypatch):
+    """What a killed process leaves: nothing of the end of the work is done."""
+    monkeypatch.setattr('projects.instance_segment_anything.box_cache._SAVE_EVERY', 0.0)
+    written = []
+
+    class Watching(CountingDetector):
+        def detect(self, data_sample, device):
+            written.append([set(load_boxes(file)) for file in tmp_path.glob('boxes_*')])
+            return super().detect(data_sample, device)
+
+    cached_boxes(Watching(), dataset, tmp_path, CPU)
+    assert written == [[], [{1}], [{1, 2}], [{1, 2, 3}], [{1, 2, 3, 4}]]
+
+
+def test_another_image_folder_has_another_file(dataset, tmp_path):
+    path = cached_boxes(CountingDetector(), dataset, tmp_path, CPU)
+    dataset.data_prefix = dict(img=str(tmp_path / 'blurred'))
+    assert cached_boxes(CountingDetector(), dataset, tmp_path, CPU) != path
+
+
+def test_an_image_of_another_size_is_looked_at_again(dataset, tmp_path):
+    for number in range(1, 6):
+        (tmp_path / f'{number}.png').write_bytes(bytes(100))
+    path = cached_boxes(CountingDetector(), dataset, tmp_path / 'cache', CPU)
+    (tmp_path / '3.png').write_bytes(bytes(101))
+    detector = CountingDetector(count=7)
+    assert cached_boxes(detector, dataset, tmp_path / 'cache', CPU) == path
+    assert detector.seen == [3]
+    boxes = load_boxes(path)
+    expected = detector.detect(make_sample(img_id=3), CPU)
+    assert len(boxes[3][0]) == (expected.scores >= 0.01).sum() > 5 >= len(boxes[4][0])
+    assert known_boxes(CountingDetector(), dataset, tmp_path / 'cache').keys() == boxes.keys()
+    (tmp_path / '3.png').write_bytes(bytes(102))
+    assert known_boxes(CountingDetector(), dataset, tmp_path / 'cache') is None
+
+
+def test_two_processes_that_extend_one_file_lose_nothing(dataset, tmp_path):
+    """The second one waits for the first, then adds to what that one found, and does not look at its images again."""
+    first, second = CountingDetector(), CountingDetector()
+    threads = []
+
+    class Starting(CountingDetector):
+        def detect(self, data_sample, device):
+            if not threads:
+                # a lock of a folder counts per opening of it, so that a thread stands for a process
+                threads.append(threading.Thread(target=cached_boxes, args=(second, dataset, tmp_path / 'c', CPU)))
+                threads[0].start()
+            return super().detect(data_sample, device)
+
+    first = Starting()
+    path = cached_boxes(first, dataset.get_subset([0, 1]), tmp_path / 'c', CPU)
+    threads[0].join()
+    assert first.seen == [1, 2] and second.seen == [3, 4, 5]
+    assert set(load_boxes(path)) == {1, 2, 3, 4, 5}
+
+
+def test_unwritable_folder_is_found_before_the_detector_runs(dataset, tmp_path):
+    (tmp_path / 'file').touch()
+    detector = CountingDetector()
+    with pytest.raises(ConfigError, match=r'cannot keep detector boxes here .*; set PTQSAM_CACHE'):
+        cached_boxes(detector, dataset, tmp_path / 'file' / 'cache', CPU)
+    assert detector.seen == []
+
+
+@pytest.mark.parametrize(
+    ('options', 'says'), [(dict(score_thr=0.005), '0.01 or more'), (dict(max_boxes=301), '300 or less')]
+)
+def test_options_beyond_what_is_kept(options, says, dataset, tmp_path):
+    model = make_model(**options)
+    model.detector = CountingDetector()
+    model.detector.from_annotations = False
+    for use in (model.attach_boxes, model.count_boxes):
+        with pytest.raises(ConfigError, match=f'{next(iter(options))}=.*{says}'):
+            use(dataset, tmp_path)
+    assert model.detector.seen == []
 
 
 def test_oracle_boxes_are_attached_once_and_selected(scenes):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from projects.instance_segment_anything import CheckedCocoDataset, check_dataset
-from ptqsam.errors import AssetError
+from projects.instance_segment_anything import CheckedCocoDataset
+from ptqsam.errors import AssetError, ConfigError
 
 CATEGORY = dict(id=1, name='cat')
 IMAGE = dict(id=5, file_name='5.png', height=10, width=12)
@@ -25,7 +25,6 @@ def build(config):
 
 def test_good_file(tmp_path, capsys):
     config = write(tmp_path, dict(images=[IMAGE], annotations=[OBJECT], categories=[CATEGORY]))
-    check_dataset(config)
     assert build(config).get_data_info(0)['img_id'] == 5
     assert capsys.readouterr().out == ''
 
@@ -42,6 +41,15 @@ def test_good_file(tmp_path, capsys):
         (dict(images=[IMAGE], annotations=[OBJECT], categories=[]), "no 'categories'"),
         (dict(images=[dict(name='x')], annotations=[OBJECT], categories=[CATEGORY]), 'not in COCO format'),
         (dict(images=[IMAGE], annotations=[OBJECT], categories=[dict(id=1, name='dog')]), 'none of the classes cat'),
+        (dict(images=[IMAGE], annotations=[OBJECT, OBJECT], categories=[CATEGORY]), 'not in COCO format .* not unique'),
+        (
+            dict(
+                images=[IMAGE],
+                annotations=[{key: value for key, value in OBJECT.items() if key != 'bbox'}],
+                categories=[CATEGORY],
+            ),
+            "something lacks 'bbox'",
+        ),
         (
             dict(images=[IMAGE], annotations=[{**OBJECT, 'segmentation': []}], categories=[CATEGORY]),
             "image 5 have no 'segmentation'",
@@ -56,16 +64,45 @@ def test_bad_file(content, says, tmp_path):
     assert '\n' not in str(error.value)
 
 
-def test_missing_files_are_found_before_anything_is_built(tmp_path):
-    config = dict(data_root=str(tmp_path), ann_file='instances.json', data_prefix=dict(img='images/'))
+def test_missing_file(tmp_path):
     with pytest.raises(AssetError, match=r'instances\.json: no such annotation file'):
-        check_dataset(config)
-    (tmp_path / 'instances.json').touch()
-    with pytest.raises(AssetError, match='is empty'):
-        check_dataset(config)
-    (tmp_path / 'instances.json').write_text('{}')
-    with pytest.raises(AssetError, match='images: no such folder'):
-        check_dataset(config)
+        build(dict(data_root=str(tmp_path), ann_file='instances.json', data_prefix=dict(img='images/')))
+
+
+SHUFFLED = [dict(id=3, name='car'), dict(id=8, name='truck'), dict(id=1, name='person')]
+
+
+def build_shuffled(tmp_path, classes):
+    """A dataset whose file lists its categories in an order of its own."""
+    objects = [{**OBJECT, 'id': number, 'category_id': number} for number in (1, 3, 8)]
+    config = write(tmp_path, dict(images=[IMAGE], annotations=objects, categories=SHUFFLED))
+    return CheckedCocoDataset(**config, metainfo=dict(classes=classes), test_mode=True, pipeline=[])
+
+
+def test_labels_follow_the_classes_not_the_file(tmp_path):
+    dataset = build_shuffled(tmp_path, ('person', 'car'))
+    assert dataset.cat_ids == [1, 3]
+    # the truck is none of the classes
+    assert [item['bbox_label'] for item in dataset.get_data_info(0)['instances']] == [0, 1]
+
+
+def test_a_class_that_the_file_lacks_would_shift_the_others(tmp_path):
+    with pytest.raises(AssetError, match=r"instances\.json: annotation file has no category 'bicycle'"):
+        build_shuffled(tmp_path, ('person', 'bicycle', 'car'))
+
+
+def test_two_categories_of_one_name(tmp_path):
+    content = dict(images=[IMAGE], annotations=[OBJECT], categories=[CATEGORY, dict(id=2, name='cat')])
+    with pytest.raises(AssetError, match="several categories 'cat'"):
+        build(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ('setting', 'says'), [(dict(ann_fil='x'), "did you mean 'ann_file'"), (dict(metainf={}), "did you mean 'metainfo'")]
+)
+def test_misspelt_setting(setting, says):
+    with pytest.raises(ConfigError, match=says):
+        CheckedCocoDataset(**setting)
 
 
 def test_crowds_are_kept_apart(tmp_path):

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from projects.instance_segment_anything import DetectorPromptedSAM, OracleDetector, describe_sam
 from projects.scenes import CATEGORIES
 from ptqsam.download import CHECKPOINTS
-from tests.conftest import ROOT
+from tests.tiny import ROOT
 
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()

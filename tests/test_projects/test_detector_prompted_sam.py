@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from mmdet.registry import MODELS
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from projects.instance_segment_anything import DetectorPromptedSAM, decode_masks
 from projects.instance_segment_anything.transforms import LoadImage, ResizeLongestSide
 from ptqsam.errors import ConfigError
-from tests.test_projects.helpers import PREPROCESSOR, instances, make_model, make_sample, random_boxes
+from tests.test_projects.helpers import ARCH, PREPROCESSOR, instances, make_model, make_sample, random_boxes
 
 
 def predictor_of(sam):
@@ -181,11 +182,65 @@ def test_detector_is_neither_built_nor_part_of_the_model(tmp_path):
 
 @pytest.mark.parametrize(
     ('test_cfg', 'says'),
-    [(dict(score_threshold=0.1), "did you mean 'score_thr'"), (dict(chunk_size=0), 'chunk_size=0 is too small')],
+    [
+        (dict(score_threshold=0.1), "did you mean 'score_thr'"),
+        (dict(chunk_size=0), 'chunk_size=0 is too small'),
+        (dict(max_boxes='many'), "max_boxes='many' must be a whole number"),
+        (dict(max_boxes=True), 'max_boxes=True must be a whole number'),
+        (dict(score_thr='high'), "score_thr='high' must be a number"),
+        (dict(score_thr=float('nan')), 'score_thr=nan must be a number'),
+        (dict(cascade=1.5), 'cascade=1.5 must be a whole number'),
+        (dict(use_sam_iou='no'), "use_sam_iou='no' must be True or False"),
+    ],
 )
 def test_bad_test_cfg(test_cfg, says):
     with pytest.raises(ConfigError, match=says):
         make_model(**test_cfg)
+
+
+def test_a_whole_number_is_a_number():
+    assert make_model(score_thr=0).options.score_thr == 0
+
+
+SAM = dict(type='SegmentAnything', arch=ARCH, image_size=64)
+
+
+@pytest.mark.parametrize(
+    ('change', 'says'),
+    [
+        (
+            dict(detectr_checkpoint='x'),
+            r"^model: unknown key 'detectr_checkpoint' \(did you mean 'detector_checkpoint'",
+        ),
+        (dict(detector=5), r'^model\.detector=5 must be'),
+        (dict(detector=dict(type='OracleDetector', jiter=0.1)), r"^model\.detector: .*did you mean 'jitter'"),
+        (dict(detector=dict(type='OracleDetector', jitter='0.1')), r"^model\.detector\.jitter='0\.1' must be a number"),
+        (dict(detector='mmdet::a.py', detector_checkpoint=5), r'^model\.detector_checkpoint=5 must be a path'),
+        (dict(sam='vit_b'), r"^model\.sam='vit_b' must be a dict"),
+        (dict(sam=dict(SAM, image_sise=64)), r"^model\.sam: .*did you mean 'image_size'"),
+        (dict(sam=dict(SAM, image_size='64')), r"^model\.sam\.image_size='64' must be a whole number"),
+        (dict(sam=dict(SAM, type='SegmntAnything')), r'^model\.sam: cannot be built .*SegmntAnything'),
+        (dict(sam=dict(SAM, checkpoint=5)), r'^model\.sam\.checkpoint=5 must be a path'),
+        (dict(sam=dict(SAM, arch=5)), r'^model\.sam\.arch=5 must be one of'),
+        (dict(sam=dict(SAM, arch=dict(depth='two'))), r"^model\.sam\.arch\.depth='two' must be a whole number"),
+        (
+            dict(sam=dict(SAM, arch=dict(global_attn_indexes=2))),
+            r'global_attn_indexes=2 must be a list of whole numbers',
+        ),
+        (dict(test_cfg=5), r'^model\.test_cfg=5 must be a dict'),
+        (dict(data_preprocessor=dict(PREPROCESSOR, meen=[0])), r'^model\.data_preprocessor: cannot be built .*meen'),
+    ],
+)
+def test_bad_model_config(change, says):
+    config = dict(type='DetectorPromptedSAM', detector=dict(type='OracleDetector'), sam=SAM)
+    with pytest.raises(ConfigError, match=says) as error:
+        MODELS.build({**config, **change})
+    assert '\n' not in str(error.value)
+
+
+def test_missing_argument():
+    with pytest.raises(ConfigError, match="model: missing a required argument: 'detector'"):
+        MODELS.build(dict(type='DetectorPromptedSAM', sam=SAM))
 
 
 @pytest.mark.parametrize('mode', ['loss', 'tensor'])

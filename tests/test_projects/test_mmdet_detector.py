@@ -85,12 +85,24 @@ def test_config_as_dict_or_file_is_the_same_detector(weights, image, tmp_path):
         (dict(config='nowhere.py'), 'cannot read this config'),
         (dict(config=dict(type='YOLOX')), 'detector_pipeline'),
         (dict(config=NANO), 'detector_checkpoint is missing'),
+        (dict(config=dict(type='YOLOY'), pipeline=[dict(type='LoadImage')]), 'cannot be built .*YOLOY'),
+        (
+            dict(config=dict(type='YOLOX', nek=1), pipeline=[dict(type='LoadImage')]),
+            r'model\.detector: cannot be built',
+        ),
     ],
 )
 def test_bad_config(arguments, says, image):
     with pytest.raises(ConfigError, match=says) as error:
         MMDetDetector(**arguments).detect(make_sample(img_id=1, img_path=image), CPU)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('step', [dict(type='Resiz', scale=64), dict(scale=64), dict(type='Resize', scael=64)])
+def test_bad_pipeline(step, weights, image):
+    model, pipeline = MMDetDetector(NANO).resolve()
+    with pytest.raises(ConfigError, match=r'^model\.detector_pipeline: cannot be built'):
+        MMDetDetector(model, weights, [*pipeline, step]).detect(make_sample(img_id=1, img_path=image), CPU)
 
 
 def test_missing_checkpoint(image, tmp_path):

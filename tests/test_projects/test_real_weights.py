@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 
 from projects.instance_segment_anything import cached_boxes
 from projects.instance_segment_anything.box_cache import CachedBoxes
-from tests.conftest import ROOT
+from tests.tiny import ROOT
 
 
 @pytest.fixture

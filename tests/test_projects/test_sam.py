@@ -6,9 +6,9 @@ from segment_anything import sam_model_registry
 
 from projects.instance_segment_anything import ARCHS, SegmentAnything, describe_sam
 from ptqsam.errors import AssetError, ConfigError
+from tests.tiny import ARCH as VIT
+from tests.tiny import DECODER
 
-DECODER = dict(out_chans=16, decoder_num_heads=2, decoder_mlp_dim=32, iou_head_hidden_dim=16)
-VIT = dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=2, **DECODER)
 TINY_VIT = dict(
     encoder='tiny_vit',
     embed_dims=(8, 16, 16, 32),

@@ -13,10 +13,12 @@ from mmengine.registry import init_default_scope
 from ptqsam.checkpoint import float_bytes, load_packed, pack_codes, save_packed, structure, unpack_codes
 from ptqsam.config import parse_quant_config
 from ptqsam.errors import AssetError
+from ptqsam.fileio import fingerprint
 from ptqsam.solver.calibrate import calibrate_weights
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
 from ptqsam.solver.rules import RuleBook
+from tests.tiny import ARCH
 
 
 @given(bits=st.integers(2, 8), data=st.data())
@@ -37,9 +39,7 @@ def build_sam():
 
     init_default_scope('mmdet')
     torch.manual_seed(0)
-    arch = dict(embed_dim=96, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=2)
-    small = dict(out_chans=16, decoder_num_heads=2, decoder_mlp_dim=32, iou_head_hidden_dim=16)
-    return MODELS.build(dict(type='SegmentAnything', image_size=64, arch=arch | small)).eval()
+    return MODELS.build(dict(type='SegmentAnything', image_size=64, arch=ARCH | dict(embed_dim=96))).eval()
 
 
 def recipe(bits, **more):
@@ -105,11 +105,17 @@ def test_tampered_or_foreign(tmp_path):
     save_packed(tmp_path, sam, shape, raw, {}, {})
     manifest = json.loads((tmp_path / 'manifest.json').read_text())
 
-    def fails(message, change):
-        (tmp_path / 'manifest.json').write_text(json.dumps(manifest | change))
+    def fails(message, change, sign=True):
+        changed = manifest | change
+        if sign:
+            changed.pop('checksum')
+            changed['checksum'] = fingerprint(changed)
+        (tmp_path / 'manifest.json').write_text(json.dumps(changed))
         with pytest.raises(AssetError, match=message):
             load_packed(tmp_path, build_sam())
 
+    fails('damaged or changed', {'errors': {'x': {'sqnr': 99.0, 'cosine': 1.0}}}, sign=False)
+    fails('damaged or changed', {'weights': {}}, sign=False)
     fails('SHA-256', {'sha256': '0' * 64})
     fails('another model', {'structure': 'x'})
     fails('format', {'format': 'ptqsam-packed-9'})

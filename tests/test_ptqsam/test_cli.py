@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ptqsam.cli import main
-from tests.tiny import ROOT, run_tool, tool_command
+from tests.tiny import ROOT, accept_interrupts, run_tool, tool_command
 
 FILES = {'result.json', 'summary.csv', 'sqnr.png', 'fp.json', 'packed'}
 
@@ -107,18 +108,62 @@ def test_resume_refuses_another_recipe(finished, tiny, tmp_path):
     assert 'differs from this run in recipe' in done.stderr
 
 
-def test_interrupt_leaves_one_line_and_no_half_written_file(tiny, tmp_path):
-    command = tool_command(tiny / 'tiny.py', tiny / 'recipe.yaml', '--work-dir', 'w')
-    with subprocess.Popen(**command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while not (tmp_path / 'w').exists() and process.poll() is None:
+BLOCKER = """
+import time
+from pathlib import Path
+
+import ptqsam.checkpoint
+from mmengine.hooks import Hook
+from ptqsam.registry import SOLVER_HOOKS
+
+
+def block():
+    Path('blocked').touch()
+    time.sleep(600)
+
+
+def write_half(tensors, path, **options):
+    Path(path).write_bytes(b'the first half')
+    block()
+
+
+@SOLVER_HOOKS.register_module()
+class Blocker(Hook):
+    def __init__(self, where):
+        self.where = where
+        if where == 'write':
+            ptqsam.checkpoint.save_file = write_half
+
+    def before_calibrate(self, runner):
+        if self.where == 'calibrate':
+            block()
+"""
+
+
+@pytest.mark.parametrize('where', ['calibrate', 'write'])
+def test_interrupt_leaves_one_line_and_no_half_written_file(where, tiny, tmp_path):
+    """Ctrl-C while the run stands still: at the begin of a stage, and in the middle of writing a file."""
+    (tmp_path / 'blocker.py').write_text(BLOCKER)
+    imports = ['projects.instance_segment_anything', 'blocker']
+    model, recipe = tmp_path / 'blocked.py', tmp_path / 'blocked.yaml'
+    model.write_text(f"_base_ = '{tiny / 'tiny.py'}'\ncustom_imports = dict(imports={imports})\n")
+    recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\nhooks: [{{type: Blocker, where: {where}}}]\n')
+    command = tool_command(model, recipe, '--work-dir', 'w')
+    command['env']['PYTHONPATH'] += f'{os.pathsep}{tmp_path}'
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=accept_interrupts)
+    with subprocess.Popen(**command, **options, cwd=tmp_path) as process:
+        while not (tmp_path / 'blocked').exists() and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(1)
+        half_written = list((tmp_path / 'w').rglob('.*'))
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
+    assert (tmp_path / 'blocked').exists(), stderr[-2000:]
+    assert len(half_written) == (where == 'write'), 'the case that this test is about'
     assert process.returncode == 130
     assert stderr.strip().split('\n')[-1].startswith('interrupted')
     assert 'Traceback' not in stderr
-    assert not (tmp_path / 'w/result.json').exists()
+    assert not (tmp_path / 'w/result.json').exists() and not (tmp_path / 'w/packed/manifest.json').exists()
+    assert not list((tmp_path / 'w').rglob('.*')), 'temporary files left'
 
 
 def test_wandb_offline(tiny, tmp_path):
@@ -195,7 +240,7 @@ def test_missing_and_foreign_files(finished, tiny, tmp_path, monkeypatch, capsys
     fails(capsys, 3, 'none.json', model, recipe, '--cfg-options', missing)
     fails(capsys, 3, 'no packed checkpoint', model, recipe, '--load', tmp_path)
     same_split = 'calib_dataset.ann_file=annotations/instances_val.json', 'calib_dataset.data_prefix.img=val/'
-    fails(capsys, 2, 'evaluated as well', model, recipe, '--cfg-options', *same_split)
+    fails(capsys, 2, 'names of evaluated images', model, recipe, '--cfg-options', *same_split)
 
     packed = shutil.copytree(finished[1] / 'packed', tmp_path / 'packed')
     other = ['--cfg-options', 'model.sam.arch.embed_dim=64', '--load', packed]

@@ -1,6 +1,8 @@
 """The recipe schema: inheritance, overrides, and one clear line for every mistake."""
 
 import pytest
+import yaml
+from mmengine.config import Config
 
 from ptqsam.config import load_quant_config, parse_quant_config
 from ptqsam.errors import ConfigError
@@ -35,6 +37,10 @@ def test_defaults_and_types():
         ({'bits': {'weight': 4}}, "key 'bits.act' is missing"),
         ({'rules': [{'match': '*', 'bits': 16}]}, "key 'rules.0.bits'"),
         ({'rules': {'match': '*'}}, "key 'rules'"),
+        ({'rules': [{'match': '*'}]}, 'the rule has no effect'),
+        ({'rules': [{'match': '*', 'quantizer': {'type': 'LSQ', 'bits': 8}}]}, "'bits' of LSQ belongs to the rule"),
+        ({'rules': [{'match': '*', 'observer': {'type': 'MSE', 'ch_axis': 0}}]}, 'belongs to the quantizer'),
+        ({'calibration': {'seed': -1}}, "key 'calibration.seed'"),
         ({'calibration': {'num_images': 0}}, "key 'calibration.num_images'"),
     ],
 )
@@ -62,6 +68,42 @@ def test_override_typo_names_the_key(tmp_path):
     (tmp_path / 'a.yaml').write_text('algorithm: a\nbits: {weight: 8, act: 8}\n')
     with pytest.raises(ConfigError, match=r"with --quant-options: unknown key 'calibration.num_imges' \(did you mean"):
         load_quant_config(tmp_path / 'a.yaml', {'calibration.num_imges': 2})
+
+
+def test_a_recipe_is_only_data(tmp_path):
+    marker = tmp_path / 'ran'
+    (tmp_path / 'evil.yaml').write_text(f'algorithm: !!python/object/apply:os.mkdir ["{marker}"]\n')
+    with pytest.raises(ConfigError, match='not valid YAML'):
+        load_quant_config(tmp_path / 'evil.yaml')
+    with pytest.raises(yaml.YAMLError):
+        Config.fromfile(tmp_path / 'evil.yaml')
+    (tmp_path / 'base.py').write_text(f'import os\nos.mkdir({str(marker)!r})\n')
+    (tmp_path / 'child.yaml').write_text('_base_: base.py\n')
+    with pytest.raises(ConfigError, match=r'inherits from YAML files'):
+        load_quant_config(tmp_path / 'child.yaml')
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '_base_: this.yaml\n',
+        '_base_: 3\n',
+        'bits: {weight: 4, act: 4}\nbits: {weight: 8, act: 8}\n',
+        '_base_: [one.yaml, two.yaml]\n',
+        '_base_: one.yaml\nalgorithm: {name: x}\n',
+        'filename: x\n',
+        b'\xff\xfe\x00',
+    ],
+)
+def test_strange_recipes_are_one_clear_line(tmp_path, text):
+    for name in ('one', 'two'):
+        (tmp_path / f'{name}.yaml').write_text('algorithm: a\n')
+    path = tmp_path / 'this.yaml'
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=r'this\.yaml') as info:
+        load_quant_config(path)
+    assert '\n' not in str(info.value)
 
 
 def test_unreadable_recipes(tmp_path):

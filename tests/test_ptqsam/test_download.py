@@ -21,8 +21,8 @@ from ptqsam import sources
 from ptqsam.download import CHECKPOINTS, Checkpoint, checkpoint_root, fetch
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.sources import Package, Url
+from tests.tiny import ROOT, accept_interrupts
 
-REPO = Path(__file__).parents[2]
 CONTENT = bytes(range(256)) * 4096 + b'end'
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
@@ -130,7 +130,7 @@ def test_table_is_sound() -> None:
 
 
 def test_readme_of_ckpt_holds_the_table() -> None:
-    text = (REPO / 'ckpt' / 'README.md').read_text(encoding='utf-8')
+    text = (ROOT / 'ckpt' / 'README.md').read_text(encoding='utf-8')
     for checkpoint in CHECKPOINTS.values():
         (row,) = [line for line in text.splitlines() if line.startswith(f'| {checkpoint.name} |')]
         facts = [checkpoint.file_name, str(checkpoint.sources[0]), checkpoint.sha256, checkpoint.licence]
@@ -406,16 +406,17 @@ runpy.run_path('tools/download.py', run_name='__main__')
 
 
 def _tool(*args: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, 'PYTHONPATH': str(REPO)}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     command = [sys.executable, 'tools/download.py', *args]
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_ctrl_c_leaves_a_part_that_can_be_resumed(server, tmp_path) -> None:
     command = [sys.executable, '-c', CLI, server.url, str(tmp_path)]
-    environment = {**os.environ, 'PYTHONPATH': str(REPO)}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     server.hang_after = 600_000
-    with subprocess.Popen(command, cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    options = dict(stderr=subprocess.PIPE, text=True, preexec_fn=accept_interrupts)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **options) as process:
         assert server.stalled.wait(30)
         part = tmp_path / 'model.pth.part'
         for _ in range(1000):  # until bytes have arrived at the other side
@@ -430,7 +431,7 @@ def test_ctrl_c_leaves_a_part_that_can_be_resumed(server, tmp_path) -> None:
     got = part.stat().st_size
     assert 0 < got <= 600_000 and part.read_bytes() == CONTENT[:got]
     server.hang_after = None
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / 'model.pth')
     assert (tmp_path / 'model.pth').read_bytes() == CONTENT
     assert server.asked[-1][1] == f'bytes={got}-'

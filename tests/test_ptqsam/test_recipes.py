@@ -10,7 +10,7 @@ from mmengine.config import Config
 from ptqsam.config import load_quant_config
 from ptqsam.solver.prepare import quantize_model, quantizers
 from ptqsam.solver.rules import RuleBook
-from tests.conftest import ROOT
+from tests.tiny import ROOT
 
 CONFIGS = [path for path in sorted((ROOT / 'configs').glob('*/*.*')) if path.parent.name != '_base_']
 RECIPES = sorted(path for path in (ROOT / 'exp').glob('*/*.yaml') if path.parent.name != '_base_')

@@ -3,6 +3,7 @@
 Each case runs in a process of its own, since imports cannot be undone.
 """
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptqsam.torchvision_compat import nms
+from tests.tiny import ROOT
 
 # one line of code that defines what torchvision's shared object would
 DEFINE = (
@@ -23,7 +25,8 @@ DEFINE = (
 
 def run_python(code: str) -> str:
     """Run code in a fresh interpreter and return what it printed."""
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    command, env = [sys.executable, '-c', textwrap.dedent(code)], {**os.environ, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 

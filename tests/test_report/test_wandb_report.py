@@ -16,11 +16,11 @@ from mmengine.registry import HOOKS
 from PIL import Image
 
 from ptqsam.errors import ConfigError
-from ptqsam.registry import SOLVER_HOOKS
+from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import WandbReport
 from ptqsam.report.wandb_report import MAX_PICTURES, read_table, summary_of
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SUMMARY = """path,role,kind,quantizer,bits,observer,rule,sqnr_db,cosine
 a.input,encoder.a.input,act,Uniform,4,MSE,"rule 1 'a, b'",12.50,0.987000
 a.weight,encoder.a.weight,weight,Uniform,4,MinMax,built-in '*',inf,1.000000
@@ -139,7 +139,7 @@ def children() -> list[str]:
 
 def test_a_run_is_reported(runner, wandb, capfd):
     environment = dict(os.environ)
-    hook = SOLVER_HOOKS.build(dict(type='WandbReport', project='test', group='sweep', tags=('a', 'b')))
+    hook = build_part(SOLVER_HOOKS, 'WandbReport', project='test', group='sweep', tags=('a', 'b'))
     hook.before_prepare(runner)
     assert children(), 'this test no longer sees the processes of wandb'
     hook.after_report(runner)

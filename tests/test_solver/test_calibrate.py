@@ -30,7 +30,9 @@ def test_the_draw_is_not_the_first_images_and_depends_on_the_seed():
 def test_too_few_images():
     with pytest.raises(ConfigError, match=r'101 wanted, but the calibration set has 100; .*num_images=100'):
         draw_images(NAMES, [], 101, 0)
-    with pytest.raises(ConfigError, match=r'has 0 \(100 more are evaluated as well; calibrate on the train split\)'):
+    with pytest.raises(
+        ConfigError, match=r'has 0 \(100 more have the names of evaluated images; calibrate on the train split\)$'
+    ):
         draw_images(NAMES, NAMES, 1, 0)
 
 

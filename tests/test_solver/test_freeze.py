@@ -1,5 +1,7 @@
 """The freeze gate, tried by tampering: whatever is left unquantized must stop the run with exit code 4."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -52,6 +54,33 @@ def other_bits(sam):
     act_quantizers(sam)[0].bits = 16
 
 
+def wider_range(sam):
+    quantizer = act_quantizers(sam)[0]
+    quantizer.qmin, quantizer.qmax = -10000, 10000
+
+
+def scale_per_column(sam):
+    quantizer = act_quantizers(sam)[0]
+    quantizer.scale.data = quantizer.scale.data.repeat(32)
+
+
+def no_scale(sam):
+    act_quantizers(sam)[0].scale.data = torch.empty(0)
+
+
+def half_dropped(sam):
+    """What defect D1 of the released code leaves behind: half of the values pass unquantized."""
+    quantizer = act_quantizers(sam)[0]
+    exact = quantizer.fake_quantize
+    quantizer.fake_quantize = lambda x, inplace=False: torch.where(torch.rand_like(x) < 0.5, x, exact(x.clone()))
+
+
+def twin_in_the_live_place(sam):
+    first = act_quantizers(sam)[0]
+    sam.spare = copy.deepcopy(first)
+    first.mode = 'off'
+
+
 def zero_point_outside(sam):
     quantizer = act_quantizers(sam)[0]
     quantizer.zero_point.data.fill_(quantizer.qmax + 1)
@@ -68,17 +97,22 @@ TAMPERINGS = {
     infinite_scale: 'not finite and positive',
     other_bits: '16 bits',
     zero_point_outside: 'zero point',
+    wider_range: '8 bits allow 256',
+    scale_per_column: '32 scales',
+    no_scale: '0 scales',
+    half_dropped: 'stochastic or soft',
+    twin_in_the_live_place: '2 quantizers of this name',
 }
 
 
 @SOLVER_HOOKS.register_module()
 class Tamper(Hook):
-    """Does harm between freezing and the gate."""
+    """Does harm at the last moment before evaluation."""
 
     def __init__(self, how):
         self.how = how
 
-    def after_freeze(self, runner):
+    def before_evaluate(self, runner):
         {f.__name__: f for f in TAMPERINGS}[self.how](runner.model.sam)
 
 
@@ -91,6 +125,16 @@ def test_gate_stops_a_tampered_model(tampering, tiny, tmp_path, capsys):
     error = capsys.readouterr().err.strip().split('\n')[-1]
     assert error.startswith('error: freeze gate: ') and TAMPERINGS[tampering] in error
     assert not (tmp_path / 'w/packed').exists() and not (tmp_path / 'w/result.json').exists()
+
+
+def test_nan_behind_the_last_quantizer_names_the_image(tiny, tmp_path, capsys):
+    state = torch.load(tiny / 'tiny.pth', weights_only=True)
+    state['mask_decoder.output_upscaling.3.bias'][0] = float('nan')
+    torch.save(state, tmp_path / 'nan.pth')
+    options = ['--cfg-options', f'model.sam.checkpoint={tmp_path / "nan.pth"}', '--work-dir', str(tmp_path / 'w')]
+    assert main([str(tiny / 'tiny.py'), str(tiny / 'recipe.yaml'), *options]) == 4
+    error = capsys.readouterr().err.strip().split('\n')[-1]
+    assert "SAM's masks or scores are NaN" in error and '.png' in error
 
 
 def test_nan_names_quantizer_and_image(tiny, tmp_path, capsys):
