@@ -33,7 +33,7 @@ REQUIRES = [
     'scipy>=1.13',
     'tqdm>=4.66',
 ]
-WANDB = ['wandb>=0.19']
+WANDB = ['wandb>=0.19.10']
 DEV = ['hypothesis>=6.100', 'mypy>=1.10', 'pytest>=8.2', 'ruff>=0.9', 'types-PyYAML', *WANDB]
 
 

@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """Let glibc serve tensors up to 1 GiB from memory that earlier ones freed.
 
     By default glibc maps every large tensor anew, and the system clears its pages one fault at a time: about 40 % of
-    the CPU time of a SAM decoder. Values do not change, peak memory grows by up to a fifth. No effect elsewhere than
+    the CPU time of a SAM decoder. Values do not change, peak memory grows by about a quarter. No effect elsewhere than
     on Linux with glibc.
     """
     if sys.platform != 'linux':
