@@ -170,18 +170,23 @@ def memory_apart(setting: Setting, plain: nn.Module, quantized: nn.Module) -> li
         packed = Path(folder)
         save_packed(packed, quantized, structure(plain), setting.recipe.plain(), {}, {})
         for source in (None, packed):
-            with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-                growth.append(pool.submit(forward_memory, setting, source).result())
+            growth.append(forward_memory(setting, source))
     return growth
 
 
 def forward_memory(setting: Setting, packed: Path | None) -> int:
-    """Growth of this process's resident memory during its first forward, in bytes.
+    """Growth of a fresh process's resident memory during its first forward, in bytes.
 
     Args:
         setting: what to measure.
         packed: checkpoint of the quantized model; None: measure the float one.
     """
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        return pool.submit(_growth, setting, packed).result()
+
+
+def _growth(setting: Setting, packed: Path | None) -> int:
+    """`forward_memory`, in the process that it starts."""
     prepare_process(setting)
     model = setting.build().eval().requires_grad_(False)
     if packed is not None:

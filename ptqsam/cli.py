@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except torch.OutOfMemoryError as error:
         print(
-            f'error: out of memory ({str(error).splitlines()[0]}); lower model.test_cfg.chunk_size with --cfg-options '
-            'or calibration.max_boxes with --quant-options',
+            f'error: out of memory ({str(error).splitlines()[0]}); lower calibration.max_boxes with --quant-options '
+            'and model.test_cfg.chunk_size with --cfg-options',
             file=sys.stderr,
         )
         return ConfigError.exit_code
@@ -99,6 +99,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         PTQSAMError: anything that the user can cause or cure.
     """
+    for name in ('PTQSAM_DATA', 'PTQSAM_CKPT'):
+        # configs take these as they are: an empty one means the default, and `~` the home folder
+        if value := os.environ.pop(name, ''):
+            os.environ[name] = str(Path(value).expanduser())
     overrides = dict(args.quant_options)
     if args.seed is not None:
         overrides['calibration.seed'] = args.seed

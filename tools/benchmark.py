@@ -5,6 +5,8 @@ import json
 import sys
 from functools import partial
 
+import torch
+
 from projects.instance_segment_anything import ARCHS, SegmentAnything
 from ptqsam.benchmark import Setting, benchmark, benchmark_table, profiles
 from ptqsam.config import load_quant_config
@@ -21,7 +23,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1, help='CPU threads, at most the free cores; default 1')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--profile', action='store_true', help='show which operators take the time, measure no memory')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repeat < 1 or args.threads < 1:
+        parser.error('--repeat and --threads must be at least 1')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: no GPU found')
+    return args
 
 
 def main() -> int:
@@ -37,6 +44,9 @@ def main() -> int:
     except PTQSAMError as error:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
     print(benchmark_table(result))
     print(json.dumps({**vars(args), **result}))
     return 0

@@ -37,12 +37,12 @@ def main() -> int:
             try:
                 print(fetch(name, args.root, verify=args.verify))
             except PTQSAMError as error:  # the other names may still succeed
-                print(error, file=sys.stderr)
+                print(f'error: {error}', file=sys.stderr)
                 exit_code = max(exit_code, error.exit_code)
         if args.list:
             print_table(args.root, args.verify)
     except PTQSAMError as error:
-        print(error, file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print('interrupted; what came is kept, the same command goes on from there', file=sys.stderr)

@@ -11,7 +11,7 @@ from ptqsam.errors import PTQSAMError
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Compose photographs with exact masks into a COCO-format data set.')
-    default = Path(os.environ.get('PTQSAM_DATA', 'data')) / 'scenes'
+    default = Path(os.environ.get('PTQSAM_DATA') or 'data').expanduser() / 'scenes'
     parser.add_argument('--root', type=Path, default=default, help='folder to make (default: $PTQSAM_DATA/scenes)')
     parser.add_argument('--num-train', type=int, default=32, metavar='N', help='images to calibrate on (default: 32)')
     parser.add_argument('--num-val', type=int, default=24, metavar='N', help='images to evaluate on (default: 24)')
@@ -24,7 +24,7 @@ def main() -> int:
     try:
         root = generate_scenes(args.root, args.num_train, args.num_val, args.seed)
     except PTQSAMError as error:
-        print(error, file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f'{args.root}: interrupted, left as it was', file=sys.stderr)

@@ -79,7 +79,7 @@ def draw_sample(x: Tensor, seed: int) -> tuple[Sample, Tensor, Tensor]:
         lo, hi = torch.aminmax(flat)
         return keep_whole(flat.unsqueeze(0)), lo, hi
     low, high, lo, hi = _outermost(flat)
-    drawn = flat[_positions(flat.numel(), seed).to(flat.device)]
+    drawn = flat[_on_device(_positions(flat.numel(), seed), flat.device)]
     # the tails are kept exactly, so draws from them must not count again; zero is free of error at any scale
     drawn = sort_values(drawn.masked_fill((drawn < low[-1]) | (drawn > high[-1]), 0).float())
     bulk = drawn[EDGE + STRIDE // 2 : -EDGE : STRIDE]
@@ -92,6 +92,13 @@ def sort_values(x: Tensor) -> Tensor:
     if x.device.type == 'cpu':
         return torch.from_numpy(np.sort(x.numpy(), axis=-1))
     return x.sort(-1).values
+
+
+def _on_device(positions: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; from pinned memory, so that the host does not wait for a GPU."""
+    if device.type != 'cuda':
+        return positions.to(device)
+    return positions.pin_memory().to(device, non_blocking=True)
 
 
 def _positions(numel: int, seed: int) -> Tensor:

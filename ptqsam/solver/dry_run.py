@@ -18,6 +18,7 @@ from ptqsam.checkpoint import float_bytes
 from ptqsam.config import QuantConfig
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.estimate import Work, measure_machine, measure_work, memory_in_use, packed_bytes
+from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report.summary import align, rule_table
 from ptqsam.solver.calibrate import draw_images
 from ptqsam.solver.loop import RunOptions, build_dataset, image_names
@@ -78,6 +79,8 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
             lambda names: draw_images(names, evaluation.names, drawn.num_images, drawn.seed),
         )
     float_size = float_bytes(model.sam)
+    for part in recipe.hooks:
+        build_part(SOLVER_HOOKS, part.type, **part.kwargs())  # a misspelt one is an error here, too
     rules = RuleBook(recipe)
     with torch.device('meta'):
         quantize_model(model.sam, rules)

@@ -340,4 +340,4 @@ def test_command_line(dataset, tmp_path):
     assert contents(tmp_path / 'scenes') == contents(dataset)
     failed = run_tool('--root', tmp_path, '--seed', -1)
     assert failed.returncode == 2
-    assert failed.stderr == 'scenes: seed is -1; choose 0 or a positive number\n'
+    assert failed.stderr == 'error: scenes: seed is -1; choose 0 or a positive number\n'

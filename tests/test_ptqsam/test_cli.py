@@ -218,6 +218,29 @@ def test_bad_usage(tiny, tmp_path, monkeypatch, capsys):
         main([str(model)])
 
 
+def test_dry_run_refuses_what_the_run_refuses(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bad = tmp_path / 'bad.yaml'
+    bad.write_text(f'_base_: {tiny / "recipe.yaml"}\nhooks: [{{type: WandbReprot}}]\n')
+    fails(capsys, 2, "did you mean 'WandbReport'?", tiny / 'tiny.py', bad, '--dry-run')
+
+
+def test_a_failed_run_leaves_no_result_of_an_earlier_one(finished, tiny, tmp_path, capsys):
+    work_dir = shutil.copytree(finished[1], tmp_path / 'w')
+    broken = ['--cfg-options', 'model.sam.checkpoint=none.pth', '--work-dir', work_dir]
+    fails(capsys, 3, 'none.pth', tiny / 'tiny.py', tiny / 'recipe.yaml', *broken)
+    assert not (work_dir / 'result.json').exists() and not (work_dir / 'packed/manifest.json').exists()
+
+
+def test_resume_refuses_other_images_of_the_same_names(finished, tiny, scenes, tmp_path, capsys):
+    work_dir = shutil.copytree(finished[1], tmp_path / 'w')
+    data = shutil.copytree(scenes, tmp_path / 'scenes')
+    annotations = data / 'annotations' / 'instances_train.json'
+    annotations.write_text(annotations.read_text() + ' ')
+    other = ['--cfg-options', f'calib_dataset.data_root={data}/', '--work-dir', work_dir]
+    fails(capsys, 2, 'calibration_data', tiny / 'tiny.py', tiny / 'recipe.yaml', '--resume', *other)
+
+
 def test_rules_that_miss(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     bad = tmp_path / 'bad.yaml'

@@ -49,10 +49,11 @@ def test_summary_has_a_row_per_quantizer(tmp_path, rules):
     ]
 
 
-def result(fp: dict | None) -> dict:
+def result(fp: dict | None, act_bits: tuple[str, ...] = ('8',)) -> dict:
     return dict(
         algorithm='mse',
         bits=dict(weight=4, act=8),
+        quantized=dict(points=9, weight={'4': 3}, act=dict.fromkeys(act_bits, 2)),
         metrics=dict(fp=fp, quant=dict(segm_mAP=0.25, mask_iou=0.70004)),
         size_mb=dict(fp=40.5, packed=6.04),
     )
@@ -69,6 +70,11 @@ def test_result_table():
 
 def test_result_table_without_the_float_model():
     assert [line.split()[0] for line in result_table(result(None)).splitlines()] == ['segm_mAP', 'mse']
+
+
+def test_a_recipe_whose_rules_change_bits_is_marked():
+    assert 'mse W4A8 (rules: other bits)' in result_table(result(None, ('6', '8')))
+    assert 'rules' not in result_table(result(None))
 
 
 def test_rule_table_counts_and_names_the_deciding_rule(rules):
