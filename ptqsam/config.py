@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from mmengine.config import Config
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,8 +90,125 @@ class Calibration(Schema):
     observer: Observers = Observers()
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # the settings of PTQ4SAM, AHCPTQ and AHCQ-SAM (methods.md 1.5)
+    'paper': dict(
+        iters=20000,
+        batch_size=1,
+        tokens_per_step=None,
+        max_boxes=16,
+        weight_lr=1e-3,
+        weight_decay_lr=False,
+        scale_lr=4e-5,
+        relative_scale_lr=False,
+        regulariser=0.01,
+        relative_regulariser=False,
+    ),
+    'fast': dict(
+        iters=200,
+        batch_size=4,
+        tokens_per_step=1024,
+        max_boxes=4,
+        weight_lr=2e-2,
+        weight_decay_lr=False,
+        scale_lr=1e-3,
+        relative_scale_lr=True,
+        regulariser=500.0,
+        relative_regulariser=True,
+    ),
+}
+
+
+class Cache(Schema):
+    """Where the activations that reconstruction learns from are kept.
+
+    Attributes:
+        store: device (that of the model), host or disk memory; auto takes the first of these with enough room.
+        dtype: of the stored values; computation is in float32.
+    """
+
+    store: Literal['auto', 'device', 'host', 'disk'] = 'auto'
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+
+class Reconstruction(Schema):
+    """How the rounding of weights and the scales of activations are learned (methods.md 1.5).
+
+    Attributes:
+        preset: where what is left out comes from; `paper` or `fast`.
+        unit: smallest thing reconstructed.
+        activations: quantize activations meanwhile and learn their scales; False: weights only, as AdaRound and BRECQ.
+        loss: reconstruction loss.
+        drop_prob: probability of keeping the quantized value (QDrop's name); 1 drops nothing.
+        regulariser: weight of the rounding regulariser.
+        relative_regulariser: multiply it by the loss of nearest rounding per weight of the unit. The losses of the
+            units of one model differ by five orders of magnitude, so a fixed weight decides everything in one unit
+            and nothing in the next.
+        warm_up: share of the iterations without regulariser.
+        b_range: exponent of the regulariser after the warm-up and at the end.
+        iters: iterations per unit.
+        batch_size: images per iteration.
+        tokens_per_step: positions per iteration (tokens, whole windows, query rows or crops), over all images; None:
+            all positions of the images.
+        max_boxes: prompt boxes per image, drawn at random among those of the calibration.
+        weight_lr: learning rate of the rounding variables (Adam).
+        weight_decay_lr: let it fall to zero along a cosine, as that of the scales does.
+        scale_lr: learning rate of the scales of activations (Adam, cosine to zero).
+        relative_scale_lr: multiply it by the scale that calibration gave.
+        cache: where activations are kept.
+    """
+
+    preset: Literal['paper', 'fast'] = 'fast'
+    unit: Literal['layer', 'module', 'block', 'stage'] = 'module'
+    activations: bool = True
+    loss: Part = Part(type='SquaredError')
+    drop_prob: float = Field(default=0.5, gt=0, le=1)
+    regulariser: float = Field(ge=0)
+    relative_regulariser: bool
+    warm_up: float = Field(default=0.2, ge=0, lt=1)
+    b_range: tuple[float, float] = Field(default=(20.0, 2.0), strict=False)
+    iters: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    tokens_per_step: int | None = Field(ge=16)
+    max_boxes: int = Field(ge=1)
+    weight_lr: float = Field(gt=0)
+    weight_decay_lr: bool
+    scale_lr: float = Field(ge=0)
+    relative_scale_lr: bool
+    cache: Cache = Cache()
+
+    @model_validator(mode='before')
+    @classmethod
+    def complete(cls, raw: Any) -> Any:
+        """Take from the preset what is left out."""
+        if not isinstance(raw, dict):
+            return raw
+        return PRESETS.get(raw.get('preset', 'fast'), {}) | raw
+
+
 class Compat(Schema):
-    """Switches that reproduce defects of published code. None of the methods so far has one."""
+    """Switches that reproduce defects of published code. A run with any of them is stamped and writes no checkpoint.
+
+    Attributes:
+        keep_drop_prob: inputs of linear and conv layers go on dropping quantization after reconstruction (defect D1).
+        soft_weights: only the first layer of each unit is hardened, the others keep soft weights (D2).
+        first_images: calibrate on the first images in annotation order (D6).
+        loss_dim1: sum the loss over dimension 1, whatever it is (D5).
+        big_observer: BIG changes the observer of all keys of the decoder.
+        published_agq: AGQ has 2^b + 1 levels.
+    """
+
+    keep_drop_prob: bool = False
+    soft_weights: bool = False
+    first_images: bool = False
+    loss_dim1: bool = False
+    big_observer: bool = False
+    published_agq: bool = False
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the switches that are on."""
+        return [name for name, on in self if on]
 
 
 class QuantConfig(Schema):
@@ -103,6 +220,7 @@ class QuantConfig(Schema):
         rules: ordered, later wins; applied after the built-in exclusions (ptqsam/solver/rules.py).
         hooks: solver hooks (published ideas), in order.
         calibration: images and observers.
+        reconstruction: how rounding and scales are learned; None: statistics only.
         compat: switches that reproduce published defects.
     """
 
@@ -111,6 +229,7 @@ class QuantConfig(Schema):
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
     hooks: tuple[Part, ...] = Field(default=(), strict=False)
     calibration: Calibration = Calibration()
+    reconstruction: Reconstruction | None = None
     compat: Compat = Compat()
 
     def plain(self) -> dict[str, Any]:

@@ -21,6 +21,20 @@ def progress(items: Iterable[T], what: str, unit: str, total: int | None = None)
     Returns:
         An iterable over ``items``.
     """
-    # a log file gets a line every half minute, a terminal a living bar
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(items, desc=what, unit=f' {unit}', total=total, file=sys.stderr, mininterval=interval)
+    return tqdm(items, desc=what, unit=f' {unit}', total=total, file=sys.stderr, mininterval=_interval())
+
+
+def progress_bar(total: int, what: str, unit: str) -> tqdm:
+    """A progress bar that is moved by hand: a context manager with `update(n)` and `set_postfix_str(text)`.
+
+    Args:
+        total: number of items.
+        what: the work, for example 'reconstruct'.
+        unit: what one item is, for example 'iteration'.
+    """
+    return tqdm(desc=what, unit=f' {unit}', total=total, file=sys.stderr, mininterval=_interval())
+
+
+def _interval() -> float:
+    """Seconds between updates: a log file gets a line every half minute, a terminal a living bar."""
+    return 0.2 if sys.stderr.isatty() else 30.0

@@ -12,7 +12,10 @@ OBSERVERS = Registry('observer', scope='ptqsam', locations=['ptqsam.observers'])
 QUANTIZERS = Registry('quantizer', scope='ptqsam', locations=['ptqsam.quantizers'])
 # keyed by the qualified name of the class that is replaced, for example 'torch.nn.modules.linear.Linear'
 QUANT_MODULES = Registry('quant module', scope='ptqsam', locations=['ptqsam.modules'])
-SOLVER_HOOKS = Registry('solver hook', parent=MMENGINE_HOOKS, scope='ptqsam', locations=['ptqsam.report'])
+SOLVER_HOOKS = Registry(
+    'solver hook', parent=MMENGINE_HOOKS, scope='ptqsam', locations=['ptqsam.hooks', 'ptqsam.report']
+)
+RECON_LOSSES = Registry('reconstruction loss', scope='ptqsam', locations=['ptqsam.reconstruction'])
 
 
 def build_part(registry: Registry, type: str, **args: Any) -> Any:

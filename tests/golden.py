@@ -78,6 +78,13 @@ _CRITERIA = {
     'rel_l2': lambda ours, golden, rule, case: np.full(
         golden.shape, np.linalg.norm(ours - golden) <= rule['rtol'] * np.linalg.norm(golden)
     ),
+    'abs_index': lambda ours, golden, rule, case: np.abs(ours - golden) <= rule['atol'],
+    'abs': lambda ours, golden, rule, case: np.abs(ours - golden) <= rule['factor'] * case.array(rule['atol_from']),
+    'info': lambda ours, golden, rule, case: np.ones(golden.shape, bool),
+    'allclose_or_alternative': lambda ours, golden, rule, case: (
+        _allclose(ours, golden, rule, case)
+        | (case.array(rule['mask']) & _allclose(ours, case.array(rule['alternative']), rule, case))
+    ),
     'not_worse': lambda ours, golden, rule, case: ours <= golden * (1 + rule['rtol']) + rule['atol'],
 }
 

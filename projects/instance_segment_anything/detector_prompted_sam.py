@@ -177,6 +177,22 @@ class DetectorPromptedSAM(BaseDetector):
             data_sample.pred_instances = self.decode(embedding[None], proposals, data_sample.metainfo)
         return batch_data_samples
 
+    @torch.no_grad()
+    def sam_inputs(self, batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """What SAM is given for every image of a batch, without running it.
+
+        Args:
+            batch: as for ``test_step``.
+
+        Returns:
+            Image (1, 3, S, S) as ``encode`` takes it, and boxes (N, 4) as ``decode_logits`` takes them.
+        """
+        data = self.data_preprocessor(batch, False)
+        return [
+            (image[None], prompt_boxes(self.options.select(self.detect(sample)), sample.metainfo))
+            for image, sample in zip(data['inputs'], data['data_samples'], strict=True)
+        ]
+
     def decode(self, embedding: Tensor, proposals: InstanceData, metainfo: Mapping[str, Any]) -> InstanceData:
         """Segment the proposals of one image, chunk by chunk.
 
@@ -189,12 +205,11 @@ class DetectorPromptedSAM(BaseDetector):
             ``bboxes``, ``scores``, ``labels`` as given; ``mask_scores`` (N,), by which instances are ranked; ``masks``:
             N run-length codes of the original resolution (``decode_masks`` makes arrays of them).
         """
-        scale = proposals.bboxes.new_tensor(metainfo['scale_factor']).repeat(2)
+        prompts = prompt_boxes(proposals, metainfo)
         masks: list[dict] = []
         quality, finite = [], []
         for start in range(0, len(proposals), self.options.chunk_size):
-            boxes = proposals.bboxes[start : start + self.options.chunk_size] * scale
-            logits, iou = self.decode_logits(embedding, boxes)
+            logits, iou = self.decode_logits(embedding, prompts[start : start + self.options.chunk_size])
             finite.append(torch.isfinite(logits).all() & torch.isfinite(iou).all())
             masks += self._binary_masks(logits, metainfo['img_shape'], metainfo['ori_shape'])
             quality.append(iou)
@@ -241,3 +256,8 @@ class DetectorPromptedSAM(BaseDetector):
 
     def _forward(self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample] | None = None) -> Tensor:
         raise NotImplementedError("DetectorPromptedSAM has no mode 'tensor': use mode='predict', encode() or decode()")
+
+
+def prompt_boxes(proposals: InstanceData, metainfo: Mapping[str, Any]) -> Tensor:
+    """Boxes (N, 4) of proposals, in pixels of the resized image."""
+    return proposals.bboxes * proposals.bboxes.new_tensor(metainfo['scale_factor']).repeat(2)

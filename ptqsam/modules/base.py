@@ -4,7 +4,7 @@ A quant module replaces one class of float modules. It computes the same, bit fo
 are `off`. It shares the float module's parameters and never changes the float module.
 """
 
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from ptqsam.registry import QUANT_MODULES
 class PassThrough(nn.Module):
     """Stands where the rules put no quantizer."""
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False, operand: Tensor | None = None) -> Tensor:
         """Return the input."""
         return x
 
@@ -37,7 +37,14 @@ class Build(Protocol):
 
 
 class QuantModule(nn.Module):
-    """Base of the quantized replacements."""
+    """Base of the quantized replacements.
+
+    Attributes:
+        positions: how reconstruction draws a part of the input (`ptqsam.reconstruction.sampling`); '' for what is no
+            unit by itself.
+    """
+
+    positions: ClassVar[str] = ''
 
     @classmethod
     def from_float(cls, module: nn.Module, build: Build) -> Self:

@@ -16,6 +16,7 @@ class QuantMLP(QuantModule):
     """
 
     first, second = 'lin1', 'lin2'
+    positions = 'tokens'
 
     def __init__(self, norm: nn.Module, lin1: nn.Module, act: nn.Module, lin2: nn.Module) -> None:
         super().__init__()

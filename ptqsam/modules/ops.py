@@ -1,6 +1,6 @@
 """Operators with a weight: input quantizer, then the operator with a quantized weight. Methods.md 1.3."""
 
-from typing import Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from torch.nn import functional as F
 from ptqsam.modules.base import Build, PassThrough, QuantModule
 from ptqsam.quantizers import Quantizer
 from ptqsam.registry import QUANT_MODULES
+
+if TYPE_CHECKING:
+    from ptqsam.reconstruction.rounding import SoftRounding
 
 
 class QuantOp(QuantModule):
@@ -21,10 +24,12 @@ class QuantOp(QuantModule):
 
     Attributes:
         frozen: the weight itself lies on its integer grid, so the weight quantizer need not run any more.
+        rounding: gives the weight while reconstruction learns its rounding; None otherwise.
     """
 
     default_role: str
     weight_ch_axis = 0
+    rounding: 'SoftRounding | None'
 
     def __init__(
         self,
@@ -38,6 +43,11 @@ class QuantOp(QuantModule):
         self.input_quantizer = input_quantizer
         self.weight_quantizer = weight_quantizer
         self.frozen = False
+        self.register_module('rounding', None)
+        self.copy_settings(module)
+
+    def copy_settings(self, module: nn.Module) -> None:
+        """Take over what `operator` needs besides weight and bias; nothing here."""
 
     @classmethod
     def from_float(cls, module: nn.Module, build: Build) -> Self:
@@ -54,18 +64,26 @@ class QuantOp(QuantModule):
         return self.operator(self.input_quantizer(x), self.used_weight())
 
     def used_weight(self) -> Tensor:
-        """The weight that the operator computes with."""
-        return self.weight if self.frozen else self.weight_quantizer(self.weight)
+        """The weight that the operator computes with; soft while its rounding is learned."""
+        if self.frozen:
+            return self.weight
+        return self.weight_quantizer(self.weight) if self.rounding is None else self.rounding.soft()
 
     def operator(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float operator as a function of input and weight."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Replace the weight by its quantized values."""
+    def freeze(self, soft: bool = False) -> None:
+        """Replace the weight by its quantized values: as its rounding was learned, else the nearest.
+
+        Args:
+            soft: leave it where learning left it, off the grid (defect D2 of published code). Default False.
+        """
+        weight = self.used_weight() if self.rounding is None or soft else self.rounding.hard()
         # a new Parameter: the float model, which shares the old one, keeps its weight
-        self.weight = nn.Parameter(self.used_weight().detach().clone(), requires_grad=False)
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.rounding = None
         self.frozen = True
 
 
@@ -90,13 +108,8 @@ class QuantConv2d(QuantOp):
 
     default_role = 'conv'
 
-    def __init__(
-        self,
-        module: nn.Module,
-        input_quantizer: Quantizer | PassThrough,
-        weight_quantizer: Quantizer | PassThrough,
-    ) -> None:
-        super().__init__(module, input_quantizer, weight_quantizer)
+    def copy_settings(self, module: nn.Module) -> None:
+        """Take over the geometry."""
         conv = cast(nn.Conv2d, module)
         self.padding_mode = conv.padding_mode
         self.padding = conv.padding
@@ -118,13 +131,8 @@ class QuantConvTranspose2d(QuantOp):
     default_role = 'conv_transpose'
     weight_ch_axis = 1
 
-    def __init__(
-        self,
-        module: nn.Module,
-        input_quantizer: Quantizer | PassThrough,
-        weight_quantizer: Quantizer | PassThrough,
-    ) -> None:
-        super().__init__(module, input_quantizer, weight_quantizer)
+    def copy_settings(self, module: nn.Module) -> None:
+        """Take over the geometry."""
         conv = cast(nn.ConvTranspose2d, module)
         self.stride, self.padding = conv.stride, cast(tuple[int, ...], conv.padding)
         self.output_padding, self.groups, self.dilation = conv.output_padding, conv.groups, conv.dilation

@@ -30,6 +30,7 @@ class QuantDecoderAttention(QuantModule):
     Roles are `decoder.<self|token_to_image|image_to_token>.<point>`.
     """
 
+    positions = 'attention'
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -57,7 +58,7 @@ class QuantDecoderAttention(QuantModule):
         k = self._heads(self.k(self.k_proj(k)))
         v = self._heads(self.v(self.v_proj(v)))
         attention = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
-        out = self.softmax(attention.softmax(dim=-1), inplace=True) @ v
+        out = self.softmax(attention.softmax(dim=-1), inplace=True, operand=v) @ v
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

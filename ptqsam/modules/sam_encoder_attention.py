@@ -25,6 +25,8 @@ class QuantEncoderAttention(QuantModule):
     AHCPTQ and AHCQ-SAM (SAQ-SAM takes the unquantized one).
     """
 
+    positions = 'windows'
+
     def __init__(self, module: nn.Module, qkv: nn.Module, proj: nn.Module, build: Build) -> None:
         super().__init__()
         self.num_heads = cast(int, module.num_heads)
@@ -70,7 +72,7 @@ class QuantEncoderAttention(QuantModule):
         """
         scaled, positions = q * self.scale, self.relative_positions(q, size)
         if not slices_allowed(self.softmax) or torch.is_grad_enabled():
-            return self.softmax(attention_map(scaled, k, positions, size), inplace=True) @ v
+            return self.softmax(attention_map(scaled, k, positions, size), inplace=True, operand=v) @ v
         out = torch.empty_like(q)
         for part in slices(q, k):
             heads = part[0]

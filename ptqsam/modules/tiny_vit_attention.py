@@ -18,6 +18,8 @@ class QuantTinyViTAttention(QuantModule):
     The points are those of SAM's ViT encoder (methods.md 1.3), with the same roles.
     """
 
+    positions = 'windows'
+
     def __init__(self, module: nn.Module, norm: nn.Module, qkv: nn.Module, proj: nn.Module, build: Build) -> None:
         super().__init__()
         self.num_heads = cast(int, module.num_heads)
@@ -53,7 +55,7 @@ class QuantTinyViTAttention(QuantModule):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
             attention = torch.softmax((q * self.scale) @ k.transpose(-2, -1) + bias, dim=-1)
-            out = self.softmax(attention, inplace=True) @ v
+            out = self.softmax(attention, inplace=True, operand=v) @ v
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptqsam.functional import dense_view
+from ptqsam.pieces import dense_view
 
 # tensors up to this size are kept whole
 WHOLE = 1 << 14
@@ -79,7 +79,7 @@ def draw_sample(x: Tensor, seed: int) -> tuple[Sample, Tensor, Tensor]:
         lo, hi = torch.aminmax(flat)
         return keep_whole(flat.unsqueeze(0)), lo, hi
     low, high, lo, hi = _outermost(flat)
-    drawn = flat[_on_device(_positions(flat.numel(), seed), flat.device)]
+    drawn = flat[on_device(_positions(flat.numel(), seed), flat.device)]
     # the tails are kept exactly, so draws from them must not count again; zero is free of error at any scale
     drawn = sort_values(drawn.masked_fill((drawn < low[-1]) | (drawn > high[-1]), 0).float())
     bulk = drawn[EDGE + STRIDE // 2 : -EDGE : STRIDE]
@@ -94,7 +94,7 @@ def sort_values(x: Tensor) -> Tensor:
     return x.sort(-1).values
 
 
-def _on_device(positions: Tensor, device: torch.device) -> Tensor:
+def on_device(positions: Tensor, device: torch.device) -> Tensor:
     """Copy to a device; from pinned memory, so that the host does not wait for a GPU."""
     if device.type != 'cuda':
         return positions.to(device)

@@ -91,7 +91,8 @@ class Rows:
     def _prefix_errors(self, scale: Tensor) -> Tensor:
         """Sums (R, S, N + 1) of the rounding errors of the values before each position, in units of the scale."""
         rows, size = self.values.shape
-        sums = self.values.new_zeros(rows, scale.shape[1], size + 1)
+        sums = self.values.new_empty(rows, scale.shape[1], size + 1)
+        sums[:, :, 0] = 0
         error = sums[:, :, 1:]
         torch.mul(self.values.unsqueeze(1), scale.reciprocal(), out=error)
         error.sub_(error.round()).abs_().pow_(NORM)

@@ -1,13 +1,13 @@
 """What every quantizer does: observe tensors, then replace values by the nearest of at most 2^bits levels."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ptqsam.errors import ConfigError, GateError
-from ptqsam.functional import quant_range
+from ptqsam.functional import drop_mask, mix, quant_range
 from ptqsam.observers import Observer
 from ptqsam.registry import OBSERVERS, build_part
 
@@ -38,6 +38,8 @@ class Quantizer(nn.Module, ABC):
         path: name in the model, for messages; set by whoever puts the quantizer into a model.
         qmin: smallest code.
         qmax: largest code.
+        drop_prob: probability with which a value is quantized while reconstruction drops quantization at random
+            (QDrop's name); 1 otherwise: everything is quantized.
         observer: collects statistics; not part of the state.
         scale: buffer or parameter, float32, 0-dim or (C,); without elements until there are parameters.
         zero_point: buffer, int32, likewise.
@@ -45,6 +47,8 @@ class Quantizer(nn.Module, ABC):
 
     scale: Tensor
     zero_point: Tensor
+    # learned in the log domain, so that a step of an optimiser is relative to the scale
+    log_domain: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Quantizer(nn.Module, ABC):
         self.symmetric = symmetric
         self.qmin, self.qmax = quant_range(bits, symmetric)
         self.path = ''
+        self.drop_prob = 1.0
         settings = dict(bits=bits, symmetric=symmetric, ch_axis=ch_axis)
         self.observer: Observer = build_part(OBSERVERS, **{'type': 'MinMax', **(observer or {}), **settings})
         self._mode: Mode = 'off'
@@ -121,13 +126,16 @@ class Quantizer(nn.Module, ABC):
         self.scale.data, self.zero_point.data = self.scale.new_empty(0), self.zero_point.new_empty(0)
         self._outdated = False
         self._mode = 'off'
+        self.drop_prob = 1.0
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False, operand: Tensor | None = None) -> Tensor:
         """Do what the mode says.
 
         Args:
             x: any shape and floating dtype.
             inplace: `x` may be overwritten, which saves memory; ignored while gradients are recorded. Default False.
+            operand: what `x` is multiplied with from the right, for quantizers that are searched for the product
+                ``x @ operand``; others ignore it. Default None.
 
         Returns:
             `x` itself, or its quantized values in float32.
@@ -135,10 +143,20 @@ class Quantizer(nn.Module, ABC):
         if self._mode == 'off':
             return x
         if self._mode == 'observe':
-            self.observer.update(x)
+            self.observe(x, operand)
             self._outdated = True
             return x
+        if self.drop_prob < 1:
+            return self.drop(x)
         return self.fake_quantize(x, inplace)
+
+    def observe(self, x: Tensor, operand: Tensor | None) -> None:
+        """Show a tensor to the observer."""
+        self.observer.update(x)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Quantize each value with probability `drop_prob`, leave the others as they are (QDrop)."""
+        return mix(drop_mask(x, self.drop_prob), self.fake_quantize(x), x)
 
     def fake_quantize(self, x: Tensor, inplace: bool = False) -> Tensor:
         """Quantized values of `x`; a subclass may have a faster, differentiable way to the same values."""

@@ -32,15 +32,15 @@ class LSQ(Uniform):
         """Magnitude of the scale, at least the float32 epsilon."""
         return super().used_scale().abs().clamp(min=SMALLEST)
 
-    def fake_quantize(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """Quantized values; straight-through gradient for `x`, LSQ gradient for the scale."""
+    def quantize_where(self, mask: Tensor | None, x: Tensor, inplace: bool = False) -> Tensor:
+        """Quantize where a mask is true; straight-through gradient for `x`, LSQ gradient for the scale."""
         if not (torch.is_grad_enabled() and self.scale.requires_grad):
-            return super().fake_quantize(x, inplace)
+            return super().quantize_where(mask, x, inplace)
         # without a graph and a version count: the value changes only right after an optimiser step went wrong
         self.scale.data.copy_(self.used_scale())
         shared = max(1, x.numel() // self.scale.numel())
         factor = (shared * self.qmax) ** -0.5
-        return lsq_fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, factor, self.ch_axis)
+        return lsq_fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, factor, self.ch_axis, mask)
 
     def learnable(self) -> dict[str, nn.Parameter]:
         """The scale."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ptqsam.errors import GateError
-from ptqsam.functional import dequantize, fake_quantize, quantize
+from ptqsam.functional import dequantize, drop_mask, fake_quantize, quantize
 from ptqsam.quantizers.base import Quantizer
 from ptqsam.registry import QUANTIZERS
 
@@ -25,7 +25,15 @@ class Uniform(Quantizer):
 
     def fake_quantize(self, x: Tensor, inplace: bool = False) -> Tensor:
         """Quantized values; straight-through gradient."""
-        return fake_quantize(x, self.used_scale(), self.zero_point, self.qmin, self.qmax, self.ch_axis, inplace)
+        return self.quantize_where(None, x, inplace)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Quantize each value with probability `drop_prob`, in one pass with the quantization itself."""
+        return self.quantize_where(drop_mask(x, self.drop_prob), x)
+
+    def quantize_where(self, mask: Tensor | None, x: Tensor, inplace: bool = False) -> Tensor:
+        """Quantize where a mask is true, everything if there is none."""
+        return fake_quantize(x, self.used_scale(), self.zero_point, self.qmin, self.qmax, self.ch_axis, inplace, mask)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of `x`, int32."""

@@ -13,7 +13,9 @@ from ptqsam.quantizers import Quantizer
 from ptqsam.solver.prepare import act_quantizers, quant_ops
 
 
-def draw_images(names: Sequence[str], evaluated: Sequence[str], count: int, seed: int) -> list[int]:
+def draw_images(
+    names: Sequence[str], evaluated: Sequence[str], count: int, seed: int, first: bool = False
+) -> list[int]:
     """Choose calibration images at random, without repetition, none of them an evaluated one.
 
     The released code takes the first images in annotation order; the papers say "randomly sampled", and so do we.
@@ -23,6 +25,7 @@ def draw_images(names: Sequence[str], evaluated: Sequence[str], count: int, seed
         evaluated: file names of the evaluated split, all of it, so that evaluating a part changes no calibration.
         count: images to draw.
         seed: seed of the draw.
+        first: draw nothing, take the first ones (defect D6). Default False.
 
     Returns:
         Sorted positions in ``names``.
@@ -39,6 +42,8 @@ def draw_images(names: Sequence[str], evaluated: Sequence[str], count: int, seed
         raise ConfigError(
             f'calibration.num_images: {count} wanted, but the calibration set has {len(pool)}{reason}{advice}'
         )
+    if first:
+        return pool[:count]
     return sorted(pool[index] for index in np.random.default_rng(seed).permutation(len(pool))[:count])
 
 

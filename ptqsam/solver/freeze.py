@@ -20,7 +20,7 @@ from ptqsam.solver.rules import Choice
 
 
 def freeze(model: nn.Module) -> dict[str, QuantizationError]:
-    """Replace every quantized weight by its quantized values.
+    """Replace every quantized weight that reconstruction left out by its quantized values.
 
     Args:
         model: calibrated SAM, changed in place.
@@ -30,6 +30,8 @@ def freeze(model: nn.Module) -> dict[str, QuantizationError]:
     """
     errors = {}
     for _, op, quantizer in quant_ops(model):
+        if op.frozen:  # by reconstruction
+            continue
         before = op.weight
         op.freeze()
         errors[quantizer.path] = error_from_sums(error_sums(before, op.weight))
@@ -75,6 +77,8 @@ def _quantizer_violations(quantizer: Quantizer) -> Iterator[str]:
     path, scale, zero_point = quantizer.path, quantizer.scale.detach(), quantizer.zero_point
     if quantizer.mode != 'quantize':
         yield f"{path}: mode is '{quantizer.mode}', not 'quantize'"
+    if quantizer.drop_prob != 1:
+        yield f'{path}: drop_prob is {quantizer.drop_prob}, not 1: values pass unquantized at random'
     if scale.numel() == 0 or scale.numel() != zero_point.numel() or (quantizer.ch_axis is None and scale.numel() > 1):
         yield f'{path}: {scale.numel()} scales and {zero_point.numel()} zero points'
     elif not bool((torch.isfinite(scale) & (scale > 0)).all()):

@@ -34,13 +34,15 @@ from ptqsam.progress import progress
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import Gallery, plot_quantization_errors, write_summary
 from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, draw_images
+from ptqsam.solver.compat import apply_compat, report_gate
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.reconstruct import ReconstructionStage, write_outcomes
 from ptqsam.solver.rules import RuleBook
 
 # images on which the error of the activation quantizers is measured
 ERROR_IMAGES = 2
-RESULT_FILES = ('result.json', 'summary.csv', 'sqnr.png')
+RESULT_FILES = ('result.json', 'summary.csv', 'sqnr.png', 'reconstruction.csv', 'reconstruction.png')
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class PTQLoop(TestLoop):
     Attributes:
         result: content of `result.json`, after `run`.
         errors: quantizer path -> quantization error, after calibration.
+        violations: what the gate would refuse; of a run with compat switches, others stop.
         rules: rules and what they decided.
     """
 
@@ -115,6 +118,7 @@ class PTQLoop(TestLoop):
         self.metrics: dict[str, dict[str, float] | None] = dict(fp=None, quant=None)
         self.size_mb: dict[str, float] = {}
         self.result: dict[str, Any] = {}
+        self.violations: list[str] = []
         show_dir = self.options.show_dir
         self.gallery = Gallery(Path(show_dir), self.dataloader.dataset) if show_dir else None
         for part in self.recipe.hooks:
@@ -161,12 +165,18 @@ class PTQLoop(TestLoop):
             self.prepare(ready)
         if ready is None:
             with self.stage('calibrate'):
-                self.calibrate()
+                self.calibrate(origin)
+            if self.recipe.reconstruction is not None:
+                with self.stage('reconstruct'):
+                    self.reconstruct(origin)
             with self.stage('freeze'):
                 self.errors |= freeze(self.target)
         with self.stage('evaluate'):
             # the last hook has run: what the gate sees is what is packed and evaluated
-            check_gate(self.target, self.rules.enabled)
+            if self.recipe.compat.active:
+                self.violations = report_gate(self.target, self.rules.enabled, self.recipe.compat)
+            else:
+                check_gate(self.target, self.rules.enabled)
             if ready is None:
                 self.pack(origin)
             self.metrics['quant'] = self.evaluate('quant')
@@ -214,6 +224,7 @@ class PTQLoop(TestLoop):
         self.size_mb['fp'] = megabytes(float_bytes(self.target))
         if ready is None:
             quantize_model(self.target, self.rules)
+            apply_compat(self.target, self.recipe.compat)
             return
         manifest, self.rules = load_packed(ready, self.target)
         self.check_same(ready, manifest)
@@ -242,7 +253,8 @@ class PTQLoop(TestLoop):
             self.runner.logger.warning(
                 f'calibration: {len(shared)} of {len(names)} images are evaluated as well; they are left out'
             )
-        drawn = draw_images(names, self.evaluated_split, calibration.num_images, calibration.seed)
+        first = self.recipe.compat.first_images
+        drawn = draw_images(names, self.evaluated_split, calibration.num_images, calibration.seed, first)
         dataset.get_subset_(drawn)
         loader = dict(
             dataset=dataset,
@@ -281,8 +293,11 @@ class PTQLoop(TestLoop):
         self.runner.logger.info(f'resume: calibrated model from {packed}')
         return packed
 
-    def calibrate(self) -> None:
-        """Set the parameters of all quantizers.
+    def calibrate(self, origin: dict[str, Any]) -> None:
+        """Set the parameters of all quantizers, or take them from an interrupted run that was to be reconstructed.
+
+        Args:
+            origin: what they depend on.
 
         Raises:
             ConfigError: an image would reach the observers of the decoder in several pieces.
@@ -293,14 +308,32 @@ class PTQLoop(TestLoop):
                 f'calibration.max_boxes={calibration.max_boxes} is more than model.test_cfg.chunk_size={chunk}: '
                 'observers would see an image in pieces; make the two equal'
             )
+        stage = ReconstructionStage(self.recipe, self.work_dir / 'reconstruction', origin)
+        if self.recipe.reconstruction is not None and self.options.resume and stage.load_calibrated(self.target):
+            return
         calibrate_activations(self.model, self.target, self.calib_loader, calibration.max_boxes, calibration.seed)
         calibrate_weights(self.target)
+        if self.recipe.reconstruction is not None and is_main_process():
+            stage.clear()
+            stage.save_calibrated(self.target)
+
+    def reconstruct(self, origin: dict[str, Any]) -> None:
+        """Learn the rounding of weights and the scales of activations, unit by unit.
+
+        Args:
+            origin: what the result depends on.
+        """
+        stage = ReconstructionStage(self.recipe, self.work_dir / 'reconstruction', origin)
+        engine = stage.run(self.model, self.target, self.calib_loader, self.runner.call_hook)
+        self.errors |= engine.errors
+        if is_main_process():
+            write_outcomes(self.work_dir / 'reconstruction.csv', engine.outcomes)
 
     def pack(self, origin: dict[str, Any]) -> None:
-        """Measure the error of the activation quantizers and write the packed checkpoint."""
+        """Measure the error of the activation quantizers, and write the packed checkpoint of an honest model."""
         batches = islice(self.calib_loader, ERROR_IMAGES)
         self.errors |= measure_quantization_error(self.model, self.target, batches)
-        if is_main_process():
+        if is_main_process() and not self.recipe.compat.active:
             errors = {path: error.plain() for path, error in self.errors.items()}
             size = save_packed(
                 self.work_dir / 'packed', self.target, self.float_structure, self.recipe.plain(), origin, errors
@@ -356,7 +389,8 @@ class PTQLoop(TestLoop):
             size_mb=dict(self.size_mb),
             seconds=dict(self.seconds),
             peak_memory_mb=peak_memory_mb(),
-            compat=[name for name, on in self.recipe.compat.model_dump().items() if on],
+            compat=self.recipe.compat.active,
+            violations=len(self.violations),
             seed=options.seed,
             images=len(self.dataloader.dataset),
             work_dir=str(self.work_dir),

@@ -4,10 +4,9 @@ import pytest
 import torch
 from segment_anything.modeling import image_encoder, transformer
 from segment_anything.modeling.common import MLPBlock
-from torch import Tensor, nn
+from torch import nn
 
 from ptqsam.config import parse_quant_config
-from ptqsam.modules import PassThrough
 from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
 from ptqsam.solver.rules import RuleBook
 from tests.golden import Case, cases
@@ -17,20 +16,9 @@ RECIPE = {
     'bits': {'weight': 6, 'act': 6},
     'calibration': {'observer': {'weight': {'type': 'MSE'}, 'act': {'type': 'AvgMinMax'}}},
 }
+AGQ_RULE = {'match': '*softmax', 'quantizer': {'type': 'AGQ'}}
 # our attribute -> name in the golden files
 POINTS = {'softmax': 'softmax_post_act_fake_quantize', **{name: f'{name}_post_act_fake_quantize' for name in 'qkv'}}
-
-
-class PublishedAGQ(PassThrough):
-    """The softmax quantizer of the golden blocks: log-scale codes, methods.md 3.2, published variant."""
-
-    def __init__(self, scale, tau):
-        super().__init__()
-        self.scale, self.tau = torch.as_tensor(scale).float(), int(tau)
-
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        code = torch.round(-self.tau * torch.log2(x.clamp_min(1e-20) / self.scale)).clamp_min(0)
-        return torch.where(code >= 64, 0.0, self.scale * torch.exp2(-code / self.tau))
 
 
 BLOCKS = {
@@ -62,7 +50,8 @@ def build(entry):
     model.block.load_state_dict(
         {n.removeprefix('w.'): torch.from_numpy(x) for n, x in case.inputs.items() if n[0] == 'w'}
     )
-    quantize_model(model, RuleBook(parse_quant_config(RECIPE, 'golden')))
+    rules = [] if 'mlp' in case.name else [AGQ_RULE]
+    quantize_model(model, RuleBook(parse_quant_config(RECIPE | {'rules': rules}, 'golden')))
     return case, model
 
 
@@ -80,9 +69,10 @@ def test_placement(entry):
     assert set(names) == {n[2:].rpartition('.')[0] for n in case.outputs if n.startswith('q.') and n.endswith('scale')}
     for name, quantizer in names.items():
         if 'softmax' in name:
-            parent = model.get_submodule(quantizer.path.rpartition('.')[0])
-            quantizer = PublishedAGQ(case.outputs[f'q.{name}.scale'], case.outputs[f'q.{name}.tau'])
-            parent.softmax = quantizer
+            scale, tau = (case.outputs[f'q.{name}.{key}'] for key in ('scale', 'tau'))
+            quantizer.set_parameters(torch.from_numpy(scale).squeeze(), int(tau))
+            quantizer.published = True
+            quantizer.mode = 'quantize'
         else:
             parameters = {key: torch.from_numpy(case.outputs[f'q.{name}.{key}']) for key in ('scale', 'zero_point')}
             per_tensor = quantizer.ch_axis is None

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import mse_loss
 
 from ptqsam import functional as F
+from ptqsam import pieces
 from tests import golden
 
 
@@ -113,7 +114,7 @@ def test_per_channel_equals_torch_bit_for_bit(bits, symmetric, axis):
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'transposed', 'sliced', 'expanded'])
 def test_large_tensor_of_any_layout(layout, monkeypatch):
     # the chain over pieces must agree with the chain over the whole, whatever the strides
-    monkeypatch.setattr(F, 'CPU_CHUNK', 1000)
+    monkeypatch.setattr(pieces, 'CPU_CHUNK', 1000)
     x = torch.randn(3, 8, 20, 30)
     x = {
         'contiguous': x,
@@ -133,7 +134,7 @@ def test_large_tensor_of_any_layout(layout, monkeypatch):
 
 
 def test_large_tensor_of_one_channel(monkeypatch):
-    monkeypatch.setattr(F, 'CPU_CHUNK', 1000)
+    monkeypatch.setattr(pieces, 'CPU_CHUNK', 1000)
     x = torch.randn(4, 1, 50, 50)
     scale, zero = torch.tensor([0.11]), torch.tensor([7], dtype=torch.int32)
     expected = torch.fake_quantize_per_tensor_affine(x, scale[0], zero[0], 0, 15)
@@ -274,7 +275,7 @@ def test_dense_view_reads_every_element_once():
     x = torch.arange(24.0).view(2, 3, 4)
     for dense in (x, x.transpose(0, 2), x.permute(1, 2, 0), x[:, :1], x.view(1, 2, 1, 3, 4), torch.tensor(1.0)):
         if dense.numel() == 8:
-            assert F.dense_view(dense) is None
+            assert pieces.dense_view(dense) is None
         else:
-            assert F.dense_view(dense).sort().values.equal(dense.flatten().sort().values)
-    assert F.dense_view(torch.zeros(1).expand(5)) is None
+            assert pieces.dense_view(dense).sort().values.equal(dense.flatten().sort().values)
+    assert pieces.dense_view(torch.zeros(1).expand(5)) is None

@@ -20,10 +20,24 @@ CHANNELS = 5
 
 
 def settings_of(name: str) -> list[dict]:
-    """Per tensor, per channel, symmetric: as far as a quantizer's constructor knows them."""
+    """Per tensor, per channel, symmetric: as far as a quantizer's constructor knows and accepts them."""
     known = inspect.signature(QUANTIZERS.get(name)).parameters
     wanted = [{}, {'ch_axis': 0}, {'ch_axis': -1}, {'symmetric': True}, {'ch_axis': 1, 'symmetric': True}]
-    return [extra for extra in wanted if set(extra) <= set(known)]
+    return [extra for extra in wanted if set(extra) <= set(known) and accepts(name, extra)]
+
+
+def accepts(name: str, extra: dict) -> bool:
+    """Whether a quantizer can be made with these settings; one for softmax outputs has no channels, for example."""
+    try:
+        build(name, extra)
+    except ConfigError:
+        return not extra
+    return True
+
+
+def build(name: str, extra: dict, bits: int = 4):
+    """Make a quantizer by its registered name."""
+    return QUANTIZERS.build(dict(type=name, bits=bits, **extra))
 
 
 VARIANTS = [
@@ -32,11 +46,6 @@ VARIANTS = [
     for extra in settings_of(name)
 ]
 BITS = range(2, 9)
-
-
-def build(name: str, extra: dict, bits: int = 4):
-    """Make a quantizer by its registered name."""
-    return QUANTIZERS.build(dict(type=name, bits=bits, **extra))
 
 
 def data(seed: int = 0, device: str = 'cpu') -> Tensor:
@@ -68,7 +77,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def test_there_are_quantizers():
-    assert {'Uniform', 'LSQ'} <= set(NAMES)
+    assert {'Uniform', 'LSQ', 'AGQ'} <= set(NAMES)
 
 
 @pytest.mark.parametrize(('name', 'extra'), VARIANTS)

@@ -75,6 +75,15 @@ def half_dropped(sam):
     quantizer.fake_quantize = lambda x, inplace=False: torch.where(torch.rand_like(x) < 0.5, x, exact(x.clone()))
 
 
+def drop_prob_left(sam):
+    """Defect D1 by its own means: reconstruction did not reset one input quantizer of many."""
+    act_quantizers(sam)[-1].drop_prob = 0.5
+
+
+def drop_prob_left_at_a_weight(sam):
+    next(quant_ops(sam))[2].drop_prob = 0.5
+
+
 def twin_in_the_live_place(sam):
     first = act_quantizers(sam)[0]
     sam.spare = copy.deepcopy(first)
@@ -101,6 +110,8 @@ TAMPERINGS = {
     scale_per_column: '32 scales',
     no_scale: '0 scales',
     half_dropped: 'stochastic or soft',
+    drop_prob_left: 'drop_prob is 0.5, not 1',
+    drop_prob_left_at_a_weight: 'drop_prob is 0.5, not 1',
     twin_in_the_live_place: '2 quantizers of this name',
 }
 

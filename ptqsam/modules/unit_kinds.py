@@ -1,0 +1,63 @@
+"""What reconstruction must know of modules: which are units, and how a part of their input is drawn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from ptqsam.modules.base import QuantModule, qualified_name
+
+Level = Literal['layer', 'module', 'block', 'stage']
+LEVELS: tuple[Level, ...] = ('layer', 'module', 'block', 'stage')
+
+
+@dataclass(frozen=True)
+class UnitKind:
+    """What reconstruction must know of a class of modules.
+
+    Attributes:
+        level: smallest unit level at which the module is reconstructed as a whole.
+        positions: how a part of its input is drawn (`ptqsam.reconstruction.sampling`).
+        channel_axis: axis of the channels in its output; None: 1 where its last operator is a convolution, else -1.
+        ends_stage: whether a stage ends with this instance; None: instances do not form stages.
+    """
+
+    level: Level
+    positions: str = 'batch'
+    channel_axis: int | None = None
+    ends_stage: Callable[[Any], bool] | None = None
+
+
+_SAM = 'segment_anything.modeling'
+_TIMM = 'timm.models.tiny_vit'
+# float classes that are reconstructed as a whole, beside the quant modules (which say so by `positions`)
+_KINDS: dict[str, UnitKind] = {
+    f'{_SAM}.image_encoder.PatchEmbed': UnitKind('block'),
+    f'{_SAM}.image_encoder.Block': UnitKind('block', ends_stage=lambda block: block.window_size == 0),
+    f'{_SAM}.transformer.TwoWayAttentionBlock': UnitKind('block'),
+    f'{_TIMM}.PatchEmbed': UnitKind('block'),
+    f'{_TIMM}.ConvNorm': UnitKind('module', 'crop'),
+    f'{_TIMM}.MBConv': UnitKind('module', 'crop'),
+    f'{_TIMM}.PatchMerging': UnitKind('module', 'crop'),
+    f'{_TIMM}.TinyVitBlock': UnitKind('block'),
+    f'{_TIMM}.ConvLayer': UnitKind('stage', 'crop'),
+    f'{_TIMM}.TinyVitStage': UnitKind('stage', channel_axis=1),
+}
+
+
+def declare_unit(name: str, kind: UnitKind) -> None:
+    """Let reconstruction treat a class of float modules as a unit.
+
+    Args:
+        name: qualified class name.
+        kind: what it is.
+    """
+    _KINDS[name] = kind
+
+
+def unit_kind(module: nn.Module) -> UnitKind | None:
+    """What is known of a module's class; None: it is no unit of level 'module' or higher."""
+    if isinstance(module, QuantModule):
+        return UnitKind('module', module.positions) if module.positions else None
+    return _KINDS.get(qualified_name(module))

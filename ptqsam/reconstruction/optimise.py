@@ -1,0 +1,317 @@
+"""One unit: learn the rounding of its weights and the scales of its activations, then put it on the integer grid.
+
+AdaRound (Nagel et al., ICML 2020), BRECQ (Li et al., ICLR 2021), QDrop (Wei et al., ICLR 2022); methods.md 1.5. The
+released SAM repositories keep dropping activations at random afterwards (defect D1) and harden only the first layer of
+a unit (D2); here both are undone for every quantizer and operator of the unit, whatever happens.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ptqsam.config import Compat, Reconstruction
+from ptqsam.errors import GateError
+from ptqsam.functional import drop_mask
+from ptqsam.modules import QuantOp
+from ptqsam.quantizers import Quantizer
+from ptqsam.reconstruction.cache import ActivationCache
+from ptqsam.reconstruction.rounding import SoftRounding, regulariser_weight, temperature
+from ptqsam.reconstruction.sampling import Draw, draw_positions
+from ptqsam.reconstruction.streams import Arguments
+from ptqsam.reconstruction.units import Unit
+from ptqsam.registry import RECON_LOSSES, build_part
+
+# images on which the error of a unit is measured before and after
+ERROR_IMAGES = 4
+
+
+class UnitData:
+    """Activations of a unit, one entry per calibration image.
+
+    Args:
+        new_cache: makes an empty cache.
+
+    Attributes:
+        quantized: inputs in the quantized model, everything before the unit hardened.
+        plain: inputs in the float model.
+        targets: outputs in the float model.
+        shapes: of the tensors of every input.
+        layout: how the tensors of an input make up the arguments of the unit.
+    """
+
+    def __init__(self, new_cache: Callable[[], ActivationCache]) -> None:
+        self.quantized, self.plain, self.targets = new_cache(), new_cache(), new_cache()
+        self.shapes: list[list[torch.Size]] = []
+        self.layout: Any = None
+
+    def add_quantized(self, arguments: Arguments) -> None:
+        """Add the input of an image in the quantized model."""
+        self.quantized.append(arguments.tensors)
+        self.shapes.append([tensor.shape for tensor in arguments.tensors])
+        self.layout = arguments.layout
+
+    def clear(self) -> None:
+        """Free the memory."""
+        for cache in (self.quantized, self.plain, self.targets):
+            cache.clear()
+
+
+@dataclass
+class Outcome:
+    """What reconstruction did to a unit.
+
+    Attributes:
+        nearest: reconstruction loss with weights rounded to nearest and calibrated scales.
+        reconstructed: the same after hardening.
+        flipped: share of the weights that are not rounded to nearest.
+        unsettled: share of the rounding variables that hardening moved.
+        losses: total loss of every iteration, (iters,) float32.
+    """
+
+    nearest: float
+    reconstructed: float
+    flipped: float
+    unsettled: float
+    losses: Tensor
+
+
+@dataclass
+class Batch:
+    """Activations of one iteration; `plain` is also what tells padding."""
+
+    quantized: list[Tensor]
+    plain: list[Tensor]
+    targets: list[Tensor]
+    arguments: dict[str, Any]
+    valid: Tensor | None
+
+
+def make_loss(settings: Reconstruction, compat: Compat) -> Any:
+    """The reconstruction loss of a recipe."""
+    options = settings.loss.kwargs()
+    if compat.loss_dim1:
+        options['dim'] = 1
+    return build_part(RECON_LOSSES, settings.loss.type, **options)
+
+
+class Optimiser:
+    """Reconstructs one unit.
+
+    Args:
+        unit: its weights are quantized by calibrated quantizers; those of activations are on if they take part.
+        data: its activations.
+        settings: how.
+        compat: published defects to reproduce.
+        seed: seed of the draws and of the dropping.
+    """
+
+    def __init__(self, unit: Unit, data: UnitData, settings: Reconstruction, compat: Compat, seed: int) -> None:
+        self.unit = unit
+        self.data = data
+        self.settings = settings
+        self.compat = compat
+        self.seed = seed
+        self.loss = make_loss(settings, compat)
+        self.device = next(iter(unit.ops.values())).weight.device
+
+    def run(self, on_iteration: Callable[[int, Tensor], None]) -> Outcome:
+        """Reconstruct the unit; afterwards its weights are hard and nothing is dropped.
+
+        Args:
+            on_iteration: called with the number of the iteration and its loss.
+
+        Raises:
+            GateError: a hard weight lies off its grid, or the loss is not finite.
+        """
+        nearest = self.error()
+        self.regulariser = self.settings.regulariser
+        if self.settings.relative_regulariser:
+            self.regulariser *= nearest / sum(op.weight.numel() for op in self.unit.ops.values())
+        devices = [self.device] if self.device.type == 'cuda' else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            try:
+                losses = self.learn(on_iteration)
+            finally:
+                self.stop_dropping()
+        flipped, unsettled = self.harden()
+        if not bool(torch.isfinite(losses).all()):
+            raise GateError(
+                f'{self.unit.name}: the reconstruction loss became NaN or infinite; lower reconstruction.weight_lr and '
+                'reconstruction.scale_lr'
+            )
+        return Outcome(nearest, self.error(), flipped, unsettled, losses)
+
+    def learn(self, on_iteration: Callable[[int, Tensor], None]) -> Tensor:
+        """All iterations; returns the loss of each."""
+        settings = self.settings
+        roundings = self.soften()
+        optimiser = torch.optim.Adam(self.parameter_groups(roundings), fused=True)
+        initial = [group['lr'] for group in optimiser.param_groups]
+        losses = torch.empty(settings.iters, device=self.device)
+        batches = self.batches()
+        for step in range(1, settings.iters + 1):
+            for group, lr in zip(optimiser.param_groups, initial, strict=True):
+                fall = (1 + math.cos(math.pi * (step - 1) / settings.iters)) / 2
+                group['lr'] = lr * fall if group['decays'] else lr
+            total = self.step_loss(next(batches))
+            weight = regulariser_weight(step, settings.iters, settings.warm_up, self.regulariser)
+            if weight:
+                exponent = temperature(step, settings.iters, settings.warm_up, settings.b_range)
+                total = total + weight * torch.stack([rounding.regulariser(exponent) for rounding in roundings]).sum()
+            optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            optimiser.step()
+            losses[step - 1] = total.detach()
+            on_iteration(step, losses[step - 1])
+        return losses
+
+    def soften(self) -> list[SoftRounding]:
+        """Give every weight of the unit a soft rounding."""
+        roundings = []
+        for op in self.unit.ops.values():
+            op.rounding = SoftRounding(op.weight, cast(Quantizer, op.weight_quantizer))
+            roundings.append(op.rounding)
+        return roundings
+
+    def parameter_groups(self, roundings: Sequence[SoftRounding]) -> list[dict[str, Any]]:
+        """Rounding variables, and scales each with its learning rate."""
+        settings = self.settings
+        alphas = [rounding.alpha for rounding in roundings]
+        groups: list[dict[str, Any]] = [dict(params=alphas, lr=settings.weight_lr, decays=settings.weight_decay_lr)]
+        if not settings.activations:
+            return groups
+        for quantizer in self.unit.act_quantizers:
+            quantizer.drop_prob = settings.drop_prob
+            for parameter in quantizer.learnable().values():
+                parameter.requires_grad_(True)
+                lr = settings.scale_lr
+                if settings.relative_scale_lr and not quantizer.log_domain:
+                    lr *= float(parameter.detach().abs().mean())
+                groups.append(dict(params=[parameter], lr=lr, decays=True))
+        return groups
+
+    def batches(self) -> Any:
+        """Endless activations for one iteration after the other; the next one is on its way meanwhile."""
+        rng = np.random.default_rng(self.seed)
+        following = self.draw(rng)
+        while True:
+            current, following = following, self.draw(rng)
+            yield self.fetch(current)
+
+    def draw(self, rng: np.random.Generator) -> list[tuple[int, Draw]]:
+        """Images and positions of an iteration."""
+        size = min(self.settings.batch_size, len(self.data.targets))
+        images = rng.choice(len(self.data.targets), size=size, replace=False)
+        tokens = self.settings.tokens_per_step
+        share = None if tokens is None else max(1, tokens // size)
+        drawn: list[tuple[int, Draw]] = []
+        for index in images.tolist():
+            # query rows are an argument of the call, so all images have the same
+            same = drawn and drawn[0][1].arguments
+            draw = drawn[0][1] if same else draw_positions(self.unit, self.data.shapes[index], share, rng)
+            drawn.append((index, draw))
+            for cache, select in self.selections(draw):
+                cache.prefetch(index, select)
+        return drawn
+
+    def selections(self, draw: Draw) -> list[tuple[ActivationCache, Any]]:
+        """What to take of which cache."""
+        return [
+            (self.data.quantized, draw.inputs),
+            (self.data.plain, draw.inputs),
+            (self.data.targets, draw.outputs),
+        ]
+
+    def fetch(self, drawn: list[tuple[int, Draw]]) -> Batch:
+        """Activations of all images of an iteration, in one batch."""
+        parts = [[cache.get(index, select) for cache, select in self.selections(draw)] for index, draw in drawn]
+        quantized, plain, targets = (
+            [torch.cat(tensors) for tensors in zip(*kind, strict=True)] for kind in zip(*parts, strict=True)
+        )
+        masks = [draw.valid(part[1]) for (_, draw), part in zip(drawn, parts, strict=True)]
+        present = [mask for mask in masks if mask is not None]
+        valid = torch.cat(present) if present else None
+        return Batch(quantized, plain, targets, drawn[0][1].arguments, valid)
+
+    def step_loss(self, batch: Batch) -> Tensor:
+        """Reconstruction loss of an iteration."""
+        inputs = batch.quantized
+        if self.settings.activations and self.settings.drop_prob < 1:
+            inputs = [
+                torch.where(drop_mask(q, self.settings.drop_prob), q, plain) if q.is_floating_point() else q
+                for q, plain in zip(batch.quantized, batch.plain, strict=True)
+            ]
+        return self.compare(inputs, batch.targets, batch.arguments, batch.valid)
+
+    def compare(
+        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], arguments: dict[str, Any], valid: Tensor | None
+    ) -> Tensor:
+        """Loss between what the unit makes of inputs and what it should; one call for all of its outputs."""
+        args, kwargs = Arguments.restore(inputs, self.data.layout)
+        outputs = tree_leaves(self.unit(*args, **kwargs, **arguments))
+        return self.loss(outputs, targets, [self.unit.channel_axis] * len(outputs), valid)
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Loss with everything quantized, on some images, all positions."""
+        count = min(ERROR_IMAGES, len(self.data.targets))
+        losses = []
+        for index in range(count):
+            draw = draw_positions(self.unit, self.data.shapes[index], None, np.random.default_rng(0))
+            inputs, plain, targets = (cache.get(index, select) for cache, select in self.selections(draw))
+            losses.append(self.compare(inputs, targets, {}, draw.valid(plain)))
+        return float(torch.stack(losses).mean())
+
+    def stop_dropping(self) -> None:
+        """Quantize everything again, and record no gradients any more."""
+        for quantizer in self.unit.act_quantizers:
+            kept = self.compat.keep_drop_prob and is_input_quantizer(self.unit, quantizer)
+            quantizer.drop_prob = quantizer.drop_prob if kept else 1.0
+            for parameter in quantizer.learnable().values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def harden(self) -> tuple[float, float]:
+        """Put every weight of the unit on its integer grid.
+
+        Returns:
+            Share of the weights not rounded to nearest, and of the rounding variables that were neither 0 nor 1.
+
+        Raises:
+            GateError: a weight lies off its grid.
+        """
+        counts = [op.weight.numel() for op in self.unit.ops.values()]
+        shares = []
+        for position, (path, op) in enumerate(self.unit.ops.items()):
+            rounding = cast(SoftRounding, op.rounding)
+            shares.append(torch.stack([rounding.flipped(), rounding.unsettled()]))
+            soft = self.compat.soft_weights and position > 0
+            op.freeze(soft)
+            if not soft:
+                check_on_grid(path, op)
+        weights = torch.tensor(counts, dtype=torch.float64)
+        mean = (torch.stack(shares).cpu().double() * weights[:, None]).sum(0) / weights.sum()
+        return float(mean[0]), float(mean[1])
+
+
+def is_input_quantizer(unit: Unit, quantizer: Any) -> bool:
+    """Whether a quantizer is that of the input of an operator (the ones that defect D1 forgets)."""
+    return any(op.input_quantizer is quantizer for op in unit.ops.values())
+
+
+def check_on_grid(path: str, op: QuantOp) -> None:
+    """Refuse a weight that is not made of integer codes.
+
+    Raises:
+        GateError: with the operator's path.
+    """
+    quantizer = cast(Quantizer, op.weight_quantizer)
+    if not torch.equal(quantizer.decode(quantizer.encode(op.weight)), op.weight):
+        raise GateError(f'{path}.weight: off its integer grid after reconstruction')

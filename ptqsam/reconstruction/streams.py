@@ -1,0 +1,228 @@
+"""The two streams: activations of the float model and of the quantized one, advanced together, segment by segment.
+
+The released code runs the whole model from the image to the unit, for every unit, image and stream, detector included.
+Here both streams stand at the input of the current segment. A segment is run from there; the glue between segments
+(permutations, residual additions outside, token embeddings) is run by calling the model with all finished segments
+replaced by their outputs, so the whole reconstruction costs a few forward passes whatever the number of units.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from ptqsam.errors import ConfigError, GateError
+from ptqsam.reconstruction.cache import ActivationCache
+from ptqsam.reconstruction.units import Segment, Unit
+
+NewCache = Callable[[], ActivationCache]
+_TENSOR = object()
+
+
+class _Reached(Exception):
+    """A forward pass has come to the module whose input was wanted."""
+
+
+@dataclass
+class Arguments:
+    """Arguments of a module, as tensors and how they are arranged.
+
+    Attributes:
+        tensors: in the order of `tree_flatten`.
+        layout: positions, names and everything that is no tensor.
+    """
+
+    tensors: list[Tensor]
+    layout: tuple[TreeSpec, list[Any]]
+
+    @classmethod
+    def of(cls, value: Any) -> 'Arguments':
+        """Take a structure apart."""
+        leaves, spec = tree_flatten(value)
+        constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls([leaf for leaf in leaves if isinstance(leaf, Tensor)], (spec, constants))
+
+    @staticmethod
+    def restore(tensors: Sequence[Tensor], layout: tuple[TreeSpec, list[Any]]) -> Any:
+        """Put a structure together from other tensors."""
+        spec, constants = layout
+        rest = iter(tensors)
+        return tree_unflatten([next(rest) if constant is _TENSOR else constant for constant in constants], spec)
+
+
+class Stream:
+    """One model's activations at the input of the current segment, one entry per image.
+
+    Args:
+        forwards: one per image; runs the part of the model that the segments are of.
+        segments: chain of that part, in the order of execution.
+        new_cache: makes an empty cache.
+
+    Attributes:
+        position: index of the current segment.
+        inputs: its arguments, per image.
+    """
+
+    def __init__(self, forwards: Sequence[Callable[[], Any]], segments: Sequence[Segment], new_cache: NewCache) -> None:
+        self.forwards = forwards
+        self.segments = segments
+        self.new_cache = new_cache
+        self.position = 0
+        self.layout: Any = None
+        self.placeholders: list[Any] = []
+        self.inputs = new_cache()
+        for index in range(len(forwards)):
+            arguments = self._reach(index, None)
+            self.inputs.append(arguments.tensors)
+            self.layout = arguments.layout
+
+    @torch.no_grad()
+    def run(self, index: int) -> Any:
+        """Run the current segment on an image."""
+        args, kwargs = Arguments.restore(self.inputs.get(index), self.layout)
+        return self.segments[self.position](*args, **kwargs)
+
+    @torch.no_grad()
+    def run_until(self, unit: Unit, index: int) -> Arguments:
+        """Run the current segment on an image as far as a unit.
+
+        Returns:
+            Arguments of the unit.
+        """
+        with captured(unit.first, stop=True) as calls:
+            with suppress(_Reached):
+                self.run(index)
+        return Arguments.of(calls[0])
+
+    @torch.no_grad()
+    def advance(self, output_of: Callable[[int], Any]) -> list[Any]:
+        """Go to the next segment.
+
+        Args:
+            output_of: image -> output of the current segment.
+
+        Returns:
+            What the forward passes returned, per image, if the current segment was the last one.
+        """
+        following, layout, results = self.new_cache(), None, []
+        last = self.position + 1 == len(self.segments)
+        for index in range(len(self.forwards)):
+            output = output_of(index)
+            if index == 0:
+                self.placeholders.append(tree_map(_placeholder, output))
+            if last:
+                results.append(self._finish(index, output))
+            else:
+                arguments = self._reach(index, output)
+                following.append(arguments.tensors)
+                layout = arguments.layout
+        self.inputs.clear()
+        self.inputs, self.layout = following, layout
+        self.position += 1
+        return results
+
+    def _reach(self, index: int, output: Any) -> Arguments:
+        """Arguments of the segment after those whose outputs are known."""
+        following = self.segments[0 if output is None else self.position + 1]
+        with torch.no_grad(), self._replaced(output), captured(following.first, stop=True) as calls:
+            with suppress(_Reached):
+                self.forwards[index]()
+        arguments = Arguments.of(calls[0])
+        for tensor in arguments.tensors:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise GateError(
+                    f'reconstruction: the input of {following.name} is NaN or infinite; check the checkpoint and the '
+                    'images (a model whose blocks depend on more than the block before cannot be streamed)'
+                )
+        return arguments
+
+    def _finish(self, index: int, output: Any) -> Any:
+        """What the forward pass of an image returns."""
+        with self._replaced(output):
+            return self.forwards[index]()
+
+    @contextmanager
+    def _replaced(self, output: Any) -> Iterator[None]:
+        """Let the finished segments return what is known: the last one its output, the earlier ones NaN.
+
+        Nothing after a segment may depend on those before it; if it does, the NaN shows.
+        """
+        finished = self.segments[: 0 if output is None else self.position + 1]
+        outputs = [*self.placeholders[: len(finished) - 1], output]
+        patched: list[nn.Module] = []
+        try:
+            for segment, value in zip(finished, outputs, strict=False):
+                modules = list(segment.modules.values())
+                for module in modules:
+                    # an instance attribute hides the method, and deleting it brings the method back
+                    module.forward = partial(_known, value if module is modules[-1] else None)
+                    patched.append(module)
+            yield
+        finally:
+            for module in patched:
+                del module.forward
+
+
+def _known(output: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a finished module: its output, or in the middle of a segment whatever comes in."""
+    return args[0] if output is None else output
+
+
+def _placeholder(value: Any) -> Any:
+    """A tensor of the same shape that takes no memory."""
+    return torch.full((), torch.nan, device=value.device).expand(value.shape) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def captured(module: nn.Module, stop: bool = False) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
+    """Note the arguments with which a module is called.
+
+    Args:
+        module: watched.
+        stop: end the forward pass there, with `_Reached`.
+
+    Yields:
+        List of (args, kwargs), filled as calls happen.
+
+    Raises:
+        ConfigError: the module was not called.
+    """
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+
+    def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # what comes after may change a tensor in place
+        calls.append((args, kwargs) if stop else tree_map(_copy, (args, kwargs)))
+        if stop:
+            raise _Reached
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+    if not calls:
+        raise ConfigError('reconstruction: a unit was not executed; does the model take another path for some images?')
+
+
+@contextmanager
+def returned(module: nn.Module) -> Iterator[list[Any]]:
+    """Note what a module returns.
+
+    Yields:
+        List of outputs, filled as calls happen.
+    """
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(tree_map(_copy, output)))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
