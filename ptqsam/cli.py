@@ -25,8 +25,9 @@ from mmengine.runner import Runner
 from ptqsam.allocator import keep_freed_memory
 from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.errors import ConfigError, PTQSAMError
+from ptqsam.reconstruction.cache import is_out_of_memory
 from ptqsam.report import result_table
-from ptqsam.solver.loop import RunOptions
+from ptqsam.solver.loop import RESULT_FILES, RunOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f'error: {one_line(error)}', file=sys.stderr)
         return error.exit_code
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         print(
-            f'error: out of memory ({str(error).splitlines()[0]}); lower calibration.max_boxes with --quant-options '
-            'and model.test_cfg.chunk_size with --cfg-options',
+            f'error: out of memory ({str(error).splitlines()[0]}); lower calibration.max_boxes, '
+            'reconstruction.tokens_per_step or reconstruction.max_boxes with --quant-options, or '
+            'model.test_cfg.chunk_size with --cfg-options',
             file=sys.stderr,
         )
         return ConfigError.exit_code
@@ -262,7 +266,7 @@ def build_runner(
 
 def show_result(result: dict[str, Any], show_dir: Path | None) -> None:
     """Print the result table, where the artefacts lie, and the JSON object as the last line."""
-    names = ('result.json', 'summary.csv', 'sqnr.png', 'packed')
+    names = (*RESULT_FILES, 'packed')
     print(f'\n{result_table(result)}\n')
     print(f'{result["images"]} images; in {result["work_dir"]}:', end=' ')
     print(*(name for name in names if (Path(result['work_dir']) / name).exists()), sep=', ')

@@ -75,14 +75,15 @@ class _Recorder(TorchDispatchMode):
         self.live -= size
 
 
-def measure_work(forward: Callable[[], Any]) -> Work:
+def measure_work(forward: Callable[[], Any], gradients: bool = False) -> Work:
     """Run a computation on meta tensors and add up what it would cost, but for what operators do inside.
 
     Args:
         forward: the computation; tensors that it makes without a device are made on the meta device.
+        gradients: it also computes gradients.
     """
     counter, recorder = FlopCounterMode(display=False), _Recorder()
-    with torch.no_grad(), torch.device('meta'), counter, recorder:
+    with torch.set_grad_enabled(gradients), torch.device('meta'), counter, recorder:
         forward()
     return Work(counter.get_total_flops(), recorder.traffic, recorder.peak)
 

@@ -242,7 +242,7 @@ class _LearnedStep(torch.autograd.Function):
             buffers = [buffer[: len(target)] for buffer in work]
             grad_piece = target if ctx.needs_input_grad[0] else None
             slope = _learned_step_backward(grad_piece, piece, grad, chosen, constants, qmin, qmax, buffers)
-            sums.append(slope.sum() if ch_axis is None else slope.movedim(ch_axis, 0).flatten(1).sum(1))
+            sums.append(slope.sum() if scale.numel() == 1 else slope.movedim(ch_axis, 0).flatten(1).sum(1))
         grad_scale = torch.stack(sums).sum(0).mul_(grad_factor).view_as(scale).to(scale.dtype)
         return grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None, grad_scale, *[None] * 6
 

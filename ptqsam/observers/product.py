@@ -10,14 +10,14 @@ from ptqsam.log_functional import TAUS, LogGrid, log_candidates
 from ptqsam.observers.base import Observer, Reduction
 from ptqsam.observers.sampling import on_device
 
-# elements of a map that are looked at closely, and for the first scan
-SAMPLE, COARSE = 1 << 18, 1 << 16
+# elements of a map that are looked at closely, and for the first scan; maps up to the third size are small
+SAMPLE, COARSE, SMALL = 1 << 18, 1 << 16, 1 << 12
 # query rows to draw from one map at least: its operand has to be copied for them
 ROWS = 8
 # share of the draws that does not depend on the values
 UNIFORM = 0.1
-# candidates of the first scan within one period of the error, which is 1 / tau octaves; small maps, where the error is
-# less smooth and cheap, get more
+# candidates of the first scan within one period of the error, which is 1 / tau octaves; small maps, whose error is less
+# smooth and quickly computed, get more
 PER_PERIOD, PER_PERIOD_SMALL = 8, 40
 # local minima of the scan that are looked at closely, and where around each, in steps of the scan
 MINIMA, AROUND = 5, (-0.8, -0.6, -0.4, -0.2, 0.0, 0.2, 0.4, 0.6, 0.8)
@@ -179,8 +179,8 @@ def search_scales(rows: Rows, largest: Tensor, zero: int) -> tuple[Tensor, Tenso
     low = (0.01 * high).clamp(max=0.1)
     span = torch.log2(high / low)
     x = rows.x
-    small = x.numel() <= COARSE
-    coarse, per_period = (rows, PER_PERIOD_SMALL) if small else (rows.thinned(SAMPLE // COARSE), PER_PERIOD)
+    coarse = rows if x.numel() <= COARSE else rows.thinned(SAMPLE // COARSE)
+    per_period = PER_PERIOD_SMALL if x.numel() <= SMALL else PER_PERIOD
     found = []
     for tau in TAUS:
         count = round(6.65 * per_period * tau)

@@ -39,6 +39,7 @@ class AGQ(Quantizer):
         published: 0 comes on top of the 2^bits codes, as in the released code; set by the compat code. Default False.
     """
 
+    log_domain = True
     observer: ProductSearch
     tau: Tensor
 

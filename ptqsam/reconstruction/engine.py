@@ -22,7 +22,7 @@ from ptqsam.fileio import atomic_path
 from ptqsam.progress import progress_bar
 from ptqsam.quantizers import Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
-from ptqsam.reconstruction.optimise import Optimiser, Outcome, UnitData
+from ptqsam.reconstruction.optimise import Optimiser, Outcome, UnitData, reset_drop_prob
 from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
 from ptqsam.reconstruction.units import Segment, Unit, find_segments
 from ptqsam.solver.prepare import act_quantizers, quantizers, weight_quantizers
@@ -249,5 +249,6 @@ class Reconstructor:
         for quantizer in unit.act_quantizers:
             names = quantizer.state_dict()
             quantizer.load_state_dict({name: tensors[f'{quantizer.path}.{name}'] for name in names})
+        reset_drop_prob(unit, self.settings, self.recipe.compat)
         self.outcomes[unit.name] = Outcome(**facts, losses=tensors['losses'])
         self.bar.update(self.settings.iters)

@@ -1,20 +1,55 @@
-"""How much room the activations of a reconstruction take."""
+"""What a reconstruction costs, from shapes alone: room for activations, work and memory of an iteration."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ptqsam.config import Reconstruction
+from ptqsam.estimate import Work, measure_work
 from ptqsam.modules.unit_kinds import Level
 from ptqsam.reconstruction.cache import entry_bytes
-from ptqsam.reconstruction.streams import captured, returned
-from ptqsam.reconstruction.units import Segment, find_segments
+from ptqsam.reconstruction.sampling import draw_positions
+from ptqsam.reconstruction.streams import Arguments, captured, returned
+from ptqsam.reconstruction.units import Segment, Unit, find_segments
+
+# An iteration over the forward and backward pass of the float unit. Measured on one CPU thread, see `Step`.
+STEP_TIME = 2.0
+STEP_MEMORY = 1.6
+# times that the soft rounding, its regulariser and Adam read or write each weight
+WEIGHT_PASSES = 40
 
 
-def cache_bytes(model: Any, target: nn.Module, level: Level, samples: Sequence[Any]) -> int:
+@dataclass(frozen=True)
+class Step:
+    """Cost of one iteration of a unit.
+
+    Attributes:
+        unit: its name.
+        work: forward and backward pass of the float unit on the positions of an iteration.
+        weights: number of its weights.
+    """
+
+    unit: str
+    work: Work
+    weights: int
+
+    @property
+    def total(self) -> Work:
+        """With everything that reconstruction adds."""
+        passes = WEIGHT_PASSES * 4 * self.weights
+        work = self.work
+        return Work(
+            round(STEP_TIME * work.flops), round(STEP_TIME * work.traffic) + passes, round(STEP_MEMORY * work.peak)
+        )
+
+
+def cache_bytes(model: Any, target: nn.Module, level: Level, samples: Sequence[Any], dtype: str = 'float32') -> int:
     """Largest size of all activation caches together, over the course of a reconstruction.
 
     Args:
@@ -22,28 +57,56 @@ def cache_bytes(model: Any, target: nn.Module, level: Level, samples: Sequence[A
         target: the SAM in it, with quant modules.
         level: unit level.
         samples: calibration images with `image` and `boxes`; the one with most boxes stands for all.
+        dtype: of the stored values.
     """
+    sizes = []
+    for segments, forward in _parts(model, target, level, samples):
+        sizes += _segment_bytes(segments, forward, getattr(torch, dtype))
+    return len(samples) * max(sizes, default=0)
+
+
+def iteration_steps(model: Any, target: nn.Module, settings: Reconstruction, samples: Sequence[Any]) -> list[Step]:
+    """Cost of an iteration of every unit, in the order of execution.
+
+    Args:
+        model: detector-prompted SAM on the meta device.
+        target: the SAM in it, with quant modules, all quantizers `off`.
+        settings: of the reconstruction.
+        samples: calibration images with `image` and `boxes`; the one with most boxes stands for all.
+    """
+    steps = []
+    for segments, forward in _parts(model, target, settings.unit, samples):
+        units = [unit for segment in segments for unit in segment.units]
+        with ExitStack() as stack:
+            calls = {unit: stack.enter_context(captured(unit.first)) for unit in units}
+            forward()
+        for unit in units:
+            work = _step_work(unit, Arguments.of(calls[unit][0]), settings, len(samples))
+            steps.append(Step(unit.name, work, sum(op.weight.numel() for op in unit.ops.values())))
+    return steps
+
+
+def _parts(model: Any, target: nn.Module, level: Level, samples: Sequence[Any]) -> Iterator[tuple[list[Segment], Any]]:
+    """Segments of the encoder and of the decoder, and how each is run."""
     sample = max(samples, key=lambda sample: len(sample.boxes))
     embeddings: list[Tensor] = []
     forwards = [
         lambda: embeddings.append(model.encode(sample.image)),
         lambda: model.decode_logits(embeddings[0], sample.boxes),
     ]
-    with torch.no_grad():
-        parts = find_segments(target, level, forwards)
-        sizes = [size for part, forward in zip(parts, forwards, strict=True) for size in _segment_bytes(part, forward)]
-    return len(samples) * max(sizes, default=0)
+    without_gradients = [torch.no_grad()(forward) for forward in forwards]
+    yield from zip(find_segments(target, level, without_gradients), without_gradients, strict=True)
 
 
-def _segment_bytes(segments: Sequence[Segment], forward: Any) -> list[int]:
+def _segment_bytes(segments: Sequence[Segment], forward: Any, dtype: torch.dtype) -> list[int]:
     """Bytes per image while each segment is the current one."""
     with ExitStack() as stack:
         watched = {thing: thing for segment in segments for thing in (segment, *segment.units)}
         inputs = {thing: stack.enter_context(captured(thing.first)) for thing in watched}
         outputs = {thing: stack.enter_context(returned(thing.last)) for thing in watched}
         forward()
-    own = {thing: entry_bytes(_tensors(inputs[thing][0])) for thing in watched}
-    made = {thing: entry_bytes(_tensors(outputs[thing][0])) for thing in watched}
+    own = {thing: entry_bytes(_tensors(inputs[thing][0]), dtype) for thing in watched}
+    made = {thing: entry_bytes(_tensors(outputs[thing][0]), dtype) for thing in watched}
     sizes = []
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
         units = sum(own[unit] + made[unit] for unit in segment.units)
@@ -52,6 +115,40 @@ def _segment_bytes(segments: Sequence[Segment], forward: Any) -> list[int]:
         # both streams stand before the segment, the float one behind it as well
         sizes.append(2 * own[segment] + 2 * ahead + units + largest)
     return sizes
+
+
+def _step_work(unit: Unit, arguments: Arguments, settings: Reconstruction, images: int) -> Work:
+    """Forward and backward pass of a float unit on the positions of an iteration; meta tensors only."""
+    size = min(settings.batch_size, images)
+    tokens = settings.tokens_per_step
+    share = None if tokens is None else max(1, tokens // size)
+    draw = draw_positions(unit, [x.shape for x in arguments.tensors], share, np.random.default_rng(0))
+    inputs = [torch.cat([x] * size) for x in draw.inputs(tuple(arguments.tensors))]
+
+    def step() -> None:
+        args, kwargs = Arguments.restore(inputs, arguments.layout)
+        outputs = tree_leaves(unit(*args, **kwargs, **draw.arguments))
+        losses = [(x - torch.empty(x.shape)).square().mean() for x in outputs]
+        torch.stack(losses).sum().backward()
+
+    with _learnable(unit) as weights:
+        work = measure_work(step, gradients=True)
+        for weight in weights:
+            weight.grad = None
+    return work
+
+
+@contextmanager
+def _learnable(unit: Unit) -> Iterator[list[nn.Parameter]]:
+    """Let the weights of a unit have gradients."""
+    weights = [op.weight for op in unit.ops.values()]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from ptqsam.config import Compat, Reconstruction
 from ptqsam.errors import GateError
-from ptqsam.functional import drop_mask
+from ptqsam.functional import drop_mask, mix
 from ptqsam.modules import QuantOp
-from ptqsam.quantizers import Quantizer
+from ptqsam.quantizers import LSQ, Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.rounding import SoftRounding, regulariser_weight, temperature
 from ptqsam.reconstruction.sampling import Draw, draw_positions
@@ -71,7 +71,7 @@ class Outcome:
         reconstructed: the same after hardening.
         flipped: share of the weights that are not rounded to nearest.
         unsettled: share of the rounding variables that hardening moved.
-        losses: total loss of every iteration, (iters,) float32.
+        losses: reconstruction loss of every iteration, without the regulariser, (iters,) float32.
     """
 
     nearest: float
@@ -124,7 +124,7 @@ class Optimiser:
         """Reconstruct the unit; afterwards its weights are hard and nothing is dropped.
 
         Args:
-            on_iteration: called with the number of the iteration and its loss.
+            on_iteration: called with the number of the iteration and its reconstruction loss.
 
         Raises:
             GateError: a hard weight lies off its grid, or the loss is not finite.
@@ -149,7 +149,7 @@ class Optimiser:
         return Outcome(nearest, self.error(), flipped, unsettled, losses)
 
     def learn(self, on_iteration: Callable[[int, Tensor], None]) -> Tensor:
-        """All iterations; returns the loss of each."""
+        """All iterations; returns the reconstruction loss of each."""
         settings = self.settings
         roundings = self.soften()
         optimiser = torch.optim.Adam(self.parameter_groups(roundings), fused=True)
@@ -160,7 +160,7 @@ class Optimiser:
             for group, lr in zip(optimiser.param_groups, initial, strict=True):
                 fall = (1 + math.cos(math.pi * (step - 1) / settings.iters)) / 2
                 group['lr'] = lr * fall if group['decays'] else lr
-            total = self.step_loss(next(batches))
+            loss = total = self.step_loss(next(batches))
             weight = regulariser_weight(step, settings.iters, settings.warm_up, self.regulariser)
             if weight:
                 exponent = temperature(step, settings.iters, settings.warm_up, settings.b_range)
@@ -168,7 +168,7 @@ class Optimiser:
             optimiser.zero_grad(set_to_none=True)
             total.backward()
             optimiser.step()
-            losses[step - 1] = total.detach()
+            losses[step - 1] = loss.detach()
             on_iteration(step, losses[step - 1])
         return losses
 
@@ -245,7 +245,7 @@ class Optimiser:
         inputs = batch.quantized
         if self.settings.activations and self.settings.drop_prob < 1:
             inputs = [
-                torch.where(drop_mask(q, self.settings.drop_prob), q, plain) if q.is_floating_point() else q
+                mix(drop_mask(q, self.settings.drop_prob), q, plain) if q.is_floating_point() else q
                 for q, plain in zip(batch.quantized, batch.plain, strict=True)
             ]
         return self.compare(inputs, batch.targets, batch.arguments, batch.valid)
@@ -271,12 +271,14 @@ class Optimiser:
 
     def stop_dropping(self) -> None:
         """Quantize everything again, and record no gradients any more."""
+        reset_drop_prob(self.unit, self.settings, self.compat)
         for quantizer in self.unit.act_quantizers:
-            kept = self.compat.keep_drop_prob and is_input_quantizer(self.unit, quantizer)
-            quantizer.drop_prob = quantizer.drop_prob if kept else 1.0
             for parameter in quantizer.learnable().values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
+            if isinstance(quantizer, LSQ):
+                # the last step may have pushed it through zero; what the arithmetic uses is its magnitude
+                quantizer.scale.data.copy_(quantizer.used_scale())
 
     def harden(self) -> tuple[float, float]:
         """Put every weight of the unit on its integer grid.
@@ -301,9 +303,12 @@ class Optimiser:
         return float(mean[0]), float(mean[1])
 
 
-def is_input_quantizer(unit: Unit, quantizer: Any) -> bool:
-    """Whether a quantizer is that of the input of an operator (the ones that defect D1 forgets)."""
-    return any(op.input_quantizer is quantizer for op in unit.ops.values())
+def reset_drop_prob(unit: Unit, settings: Reconstruction, compat: Compat) -> None:
+    """Let the quantizers of a unit quantize everything; with a compat switch all but those of inputs (defect D1)."""
+    forgotten = {id(op.input_quantizer) for op in unit.ops.values()} if compat.keep_drop_prob else set()
+    for quantizer in unit.act_quantizers:
+        kept = settings.activations and id(quantizer) in forgotten
+        quantizer.drop_prob = settings.drop_prob if kept else 1.0
 
 
 def check_on_grid(path: str, op: QuantOp) -> None:

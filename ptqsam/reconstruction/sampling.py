@@ -15,6 +15,7 @@ decides what a position is:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from torch import Tensor
 from ptqsam.reconstruction.units import Unit
 
 Select = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
+
+# more positions than there are
+ALL = 2**62
 
 
 def everything(tensors: tuple[Tensor, ...]) -> Sequence[Tensor]:
@@ -70,14 +74,15 @@ def draw_positions(unit: Unit, shapes: Sequence[torch.Size], tokens: int | None,
     Returns:
         About ``tokens`` positions, at least one window, box or row.
     """
-    return _DRAWS[unit.positions](unit, shapes, tokens if tokens is not None else 2**62, rng)
+    return _DRAWS[unit.positions](unit, shapes, ALL if tokens is None else tokens, rng)
 
 
 def _tokens(unit: Unit, shapes: Sequence[torch.Size], tokens: int, rng: np.random.Generator) -> Draw:
-    count = math.prod(shapes[0][:-1])
-    if tokens >= count:
+    if tokens >= ALL:
         return Draw()
-    rows = _choose(count, tokens, rng)
+    # also where a few boxes have no more rows than that: images with more boxes join them in a batch of rows
+    count = math.prod(shapes[0][:-1])
+    rows = _choose(count, min(tokens, count), rng)
 
     def select(tensors: tuple[Tensor, ...]) -> Sequence[Tensor]:
         return [_take(x.flatten(0, -2), rows) for x in tensors]
@@ -87,7 +92,7 @@ def _tokens(unit: Unit, shapes: Sequence[torch.Size], tokens: int, rng: np.rando
 
 def _windows(unit: Unit, shapes: Sequence[torch.Size], tokens: int, rng: np.random.Generator) -> Draw:
     windows, size = shapes[0][0], math.prod(shapes[0][1:-1])
-    if windows == 1 and tokens < size:
+    if windows == 1 and tokens < size and 'rows' in signature(unit.first.forward).parameters:
         rows = _choose(size, tokens, rng)
         return Draw(
             outputs=lambda tensors: [_take(x.flatten(1, -2), rows, 1) for x in tensors], arguments={'rows': rows}
@@ -98,15 +103,17 @@ def _windows(unit: Unit, shapes: Sequence[torch.Size], tokens: int, rng: np.rand
 
 def _attention(unit: Unit, shapes: Sequence[torch.Size], tokens: int, rng: np.random.Generator) -> Draw:
     boxes, queries, keys = shapes[0][0], shapes[0][1], shapes[1][1]
-    if keys >= queries or tokens >= boxes * queries:
-        select = _rows(boxes, max(1, tokens // max(queries, keys)), rng)
-        return Draw(select, select)
-    rows = _choose(queries, max(1, tokens // boxes), rng)
+    some_boxes = _rows(boxes, max(1, tokens // max(queries, keys)), rng)
+    if keys >= queries or tokens >= queries:
+        return Draw(some_boxes, some_boxes)
+    # rows of one box: rows spread over all boxes would not be as many in an image with fewer of them
+    rows = _choose(queries, tokens, rng)
 
     def inputs(tensors: tuple[Tensor, ...]) -> Sequence[Tensor]:
-        return [_take(tensors[0], rows, 1), *tensors[1:]]
+        q, *others = some_boxes(tensors)
+        return [_take(q, rows, 1), *others]
 
-    return Draw(inputs, lambda tensors: [_take(x, rows, 1) for x in tensors])
+    return Draw(inputs, lambda tensors: [_take(x, rows, 1) for x in some_boxes(tensors)])
 
 
 def _batch(unit: Unit, shapes: Sequence[torch.Size], tokens: int, rng: np.random.Generator) -> Draw:
@@ -123,7 +130,7 @@ def _crop(unit: Unit, shapes: Sequence[torch.Size], tokens: int, rng: np.random.
     if side >= height or side >= width:
         return Draw()
     top, left = (int(rng.integers((size - side) // stride + 1)) for size in (height, width))
-    edges = [top > 0, top + side // stride < height // stride, left > 0, left + side // stride < width // stride]
+    edges = [top > 0, top * stride + side < height, left > 0, left * stride + side < width]
     first_row, last_row, first_column, last_column = (border * edge for edge in edges)
     outer = side // stride
 
@@ -163,4 +170,6 @@ def _take(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
     """Rows of an axis; where all slices along it are one (stride 0), still without copies of that one."""
     if x.stride(dim) == 0:
         return x.narrow(dim, 0, len(rows))
-    return x.index_select(dim, rows.to(x.device))
+    # from pinned memory, so that the host does not wait for a GPU
+    index = rows.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else rows
+    return x.index_select(dim, index)

@@ -74,7 +74,8 @@ class Stream:
         self.new_cache = new_cache
         self.position = 0
         self.layout: Any = None
-        self.placeholders: list[Any] = []
+        # per image: they need not have the same number of boxes
+        self.placeholders: list[list[Any]] = [[] for _ in forwards]
         self.inputs = new_cache()
         for index in range(len(forwards)):
             arguments = self._reach(index, None)
@@ -113,14 +114,14 @@ class Stream:
         last = self.position + 1 == len(self.segments)
         for index in range(len(self.forwards)):
             output = output_of(index)
-            if index == 0:
-                self.placeholders.append(tree_map(_placeholder, output))
             if last:
                 results.append(self._finish(index, output))
             else:
                 arguments = self._reach(index, output)
                 following.append(arguments.tensors)
                 layout = arguments.layout
+            # only now: the segment is still known by its output
+            self.placeholders[index].append(tree_map(_placeholder, output))
         self.inputs.clear()
         self.inputs, self.layout = following, layout
         self.position += 1
@@ -129,7 +130,7 @@ class Stream:
     def _reach(self, index: int, output: Any) -> Arguments:
         """Arguments of the segment after those whose outputs are known."""
         following = self.segments[0 if output is None else self.position + 1]
-        with torch.no_grad(), self._replaced(output), captured(following.first, stop=True) as calls:
+        with torch.no_grad(), self._replaced(index, output), captured(following.first, stop=True) as calls:
             with suppress(_Reached):
                 self.forwards[index]()
         arguments = Arguments.of(calls[0])
@@ -143,17 +144,17 @@ class Stream:
 
     def _finish(self, index: int, output: Any) -> Any:
         """What the forward pass of an image returns."""
-        with self._replaced(output):
+        with self._replaced(index, output):
             return self.forwards[index]()
 
     @contextmanager
-    def _replaced(self, output: Any) -> Iterator[None]:
+    def _replaced(self, index: int, output: Any) -> Iterator[None]:
         """Let the finished segments return what is known: the last one its output, the earlier ones NaN.
 
         Nothing after a segment may depend on those before it; if it does, the NaN shows.
         """
         finished = self.segments[: 0 if output is None else self.position + 1]
-        outputs = [*self.placeholders[: len(finished) - 1], output]
+        outputs = [*self.placeholders[index], output]
         patched: list[nn.Module] = []
         try:
             for segment, value in zip(finished, outputs, strict=False):

@@ -190,10 +190,11 @@ def _execution_order(model: nn.Module, forward: Callable[[], Any]) -> dict[nn.Mo
 
     def note(module: nn.Module, args: Any) -> None:
         nonlocal count
-        if module in order and isinstance(module, QuantOp) and not module.frozen:
+        quantizer = module.weight_quantizer if isinstance(module, QuantOp) and not module.frozen else None
+        if module in order and isinstance(quantizer, Quantizer):
             raise ConfigError(
                 'reconstruction: an operator runs more than once in a forward pass, so it has no single input; exclude '
-                f'it with a rule ({module.weight_quantizer.path}), or set model.test_cfg.cascade=False'
+                f'it with a rule ({quantizer.path}), or set model.test_cfg.cascade=0'
             )
         order.setdefault(module, count)
         count += 1

@@ -54,8 +54,14 @@ def result_table(result: dict[str, Any]) -> str:
     label = f'{result["algorithm"]} W{bits["weight"]}A{bits["act"]}'
     if any(set(result['quantized'][kind]) - {str(bits[kind])} for kind in ('weight', 'act')):
         label += ' (rules: other bits)'
-    rows.append((label, *(f'{metrics["quant"][name]:.4f}' for name in names), f'{result["size_mb"]["packed"]:.1f}'))
-    return align(rows)
+    if result['compat']:
+        label += f' (compat: {", ".join(result["compat"])})'
+    packed = result['size_mb'].get('packed')
+    rows.append((label, *(f'{metrics["quant"][name]:.4f}' for name in names), f'{packed:.1f}' if packed else '-'))
+    table = align(rows)
+    if result['violations']:
+        table += f'\nnot honestly quantized: {result["violations"]} violations of the freeze gate, see the log'
+    return table
 
 
 def rule_table(rules: 'RuleBook') -> str:

@@ -95,6 +95,8 @@ def _probe_violations(quantizer: Quantizer) -> Iterator[str]:
     levels = quantizer.levels()
     reach = (levels[-1] - levels[0]) / 4
     ramp = torch.lerp(levels[0] - reach, levels[-1] + reach, torch.linspace(0, 1, 2048, device=levels.device))
+    # levels may lie more densely than the ramp, those of a logarithmic quantizer for example
+    ramp = torch.cat([ramp, levels, (levels[1:] + levels[:-1]) / 2])
     result = quantizer(ramp)
     if not torch.equal(result, quantizer.decode(quantizer.encode(ramp))) or not torch.equal(result, quantizer(ramp)):
         yield f'{quantizer.path}: values are not those of its integer codes (stochastic or soft)'

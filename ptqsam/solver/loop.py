@@ -31,13 +31,14 @@ from ptqsam.errors import AssetError, ConfigError
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
 from ptqsam.fileio import fingerprint, sha256_file, write_json
 from ptqsam.progress import progress
+from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
-from ptqsam.report import Gallery, plot_quantization_errors, write_summary
+from ptqsam.report import Gallery, plot_outcomes, plot_quantization_errors, write_outcomes, write_summary
 from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, draw_images
 from ptqsam.solver.compat import apply_compat, report_gate
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.prepare import quantize_model
-from ptqsam.solver.reconstruct import ReconstructionStage, write_outcomes
+from ptqsam.solver.reconstruct import ReconstructionStage
 from ptqsam.solver.rules import RuleBook
 
 # images on which the error of the activation quantizers is measured
@@ -91,6 +92,7 @@ class PTQLoop(TestLoop):
     Attributes:
         result: content of `result.json`, after `run`.
         errors: quantizer path -> quantization error, after calibration.
+        outcomes: unit -> what reconstruction did to it, after the stage `reconstruct`.
         violations: what the gate would refuse; of a run with compat switches, others stop.
         rules: rules and what they decided.
     """
@@ -119,6 +121,7 @@ class PTQLoop(TestLoop):
         self.size_mb: dict[str, float] = {}
         self.result: dict[str, Any] = {}
         self.violations: list[str] = []
+        self.outcomes: dict[str, Outcome] = {}
         show_dir = self.options.show_dir
         self.gallery = Gallery(Path(show_dir), self.dataloader.dataset) if show_dir else None
         for part in self.recipe.hooks:
@@ -175,6 +178,8 @@ class PTQLoop(TestLoop):
             # the last hook has run: what the gate sees is what is packed and evaluated
             if self.recipe.compat.active:
                 self.violations = report_gate(self.target, self.rules.enabled, self.recipe.compat)
+                for violation in self.violations:
+                    self.runner.logger.info(violation)
             else:
                 check_gate(self.target, self.rules.enabled)
             if ready is None:
@@ -326,8 +331,10 @@ class PTQLoop(TestLoop):
         stage = ReconstructionStage(self.recipe, self.work_dir / 'reconstruction', origin)
         engine = stage.run(self.model, self.target, self.calib_loader, self.runner.call_hook)
         self.errors |= engine.errors
+        self.outcomes = engine.outcomes
         if is_main_process():
-            write_outcomes(self.work_dir / 'reconstruction.csv', engine.outcomes)
+            write_outcomes(self.work_dir / 'reconstruction.csv', self.outcomes)
+            plot_outcomes(self.work_dir / 'reconstruction.png', self.outcomes)
 
     def pack(self, origin: dict[str, Any]) -> None:
         """Measure the error of the activation quantizers, and write the packed checkpoint of an honest model."""

@@ -1,7 +1,5 @@
 """Stage `reconstruct`: what the loop has to do around the reconstruction engine; the calibrated model on disk."""
 
-import csv
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +15,11 @@ from torch import nn
 
 from ptqsam.config import QuantConfig
 from ptqsam.errors import ConfigError
-from ptqsam.fileio import atomic_path, fingerprint, write_text
+from ptqsam.fileio import atomic_path, fingerprint
 from ptqsam.progress import progress
 from ptqsam.reconstruction.cache import ActivationCache, choose_store
 from ptqsam.reconstruction.engine import Reconstructor, Sample
 from ptqsam.reconstruction.footprint import cache_bytes
-from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.solver.calibrate import limit_boxes
 from ptqsam.solver.prepare import quantizers
 
@@ -138,15 +135,3 @@ def draw_samples(model: Any, batches: Iterable[Any], recipe: QuantConfig) -> lis
             limit_boxes(data_sample, recipe.reconstruction.max_boxes, fewer)
         samples += [Sample(image, boxes) for image, boxes in model.sam_inputs(batch)]
     return samples
-
-
-def write_outcomes(path: Path, outcomes: dict[str, Outcome]) -> None:
-    """Write what reconstruction did to each unit as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(['unit', 'loss_nearest', 'loss_reconstructed', 'ratio', 'flipped', 'unsettled'])
-    for unit, outcome in outcomes.items():
-        ratio = outcome.reconstructed / outcome.nearest if outcome.nearest else 1.0
-        row = [outcome.nearest, outcome.reconstructed, ratio, outcome.flipped, outcome.unsettled]
-        writer.writerow([unit, *(f'{value:.6g}' for value in row)])
-    write_text(path, text.getvalue())

@@ -51,14 +51,13 @@ def exhaustive(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return best
 
 
-@pytest.mark.parametrize('columns', [768, 3072])
-def test_a_tenth_of_the_exhaustive_grid_at_equal_error(columns):
-    # 4 bits is the hardest of the recipes: the grid doubles with every bit, the search grows by a tenth
-    bits = 4
+@pytest.mark.parametrize(('bits', 'columns'), [(4, 3072), (5, 768)])
+def test_a_tenth_of_the_exhaustive_grid_at_equal_error(bits, columns):
+    # the grid doubles with every bit, the search hardly grows; its tables weigh more in short rows
     torch.manual_seed(0)
     # like weights of SAM-B: rows of different sizes, some of them with single large values
-    weight = torch.randn(96, columns) * torch.rand(96, 1).add(0.5)
-    weight[::8] *= 1 + 3 * (torch.rand(12, columns) < 0.005)
+    weight = torch.randn(48, columns) * torch.rand(48, 1).add(0.5)
+    weight[::8] *= 1 + 3 * (torch.rand(6, columns) < 0.005)
     with ElementCount() as full:
         best = exhaustive(weight, bits)
     with ElementCount() as ours:

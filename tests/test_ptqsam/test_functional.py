@@ -133,12 +133,50 @@ def test_large_tensor_of_any_layout(layout, monkeypatch):
         assert out.data_ptr() == x.data_ptr() and torch.equal(x, expected)
 
 
+@pytest.mark.parametrize('layout', ['contiguous', 'transposed', 'sliced', 'expanded'])
+def test_gradients_of_a_large_tensor_of_any_layout(layout, monkeypatch):
+    monkeypatch.setattr(pieces, 'CPU_CHUNK', 1000)
+    x, upstream = torch.randn(3, 8, 20, 30), torch.randn(3, 8, 20, 30)
+    layouts = {
+        'contiguous': lambda x: x,
+        'transposed': lambda x: x.transpose(0, 3),
+        'sliced': lambda x: x[:, ::2, 3:],
+        'expanded': lambda x: x[:1].expand(3, 8, 20, 30),
+    }
+    view = layouts[layout]
+    zero = torch.tensor(7, dtype=torch.int32)
+    results = []
+    for kind in ('torch', 'straight-through', 'learned', 'scale only'):
+        scale, leaf = torch.tensor(0.11, requires_grad=True), x.clone().requires_grad_(kind != 'scale only')
+        if kind == 'torch':
+            y = torch._fake_quantize_learnable_per_tensor_affine(
+                view(leaf), scale.view(1), zero.view(1).float(), 0, 15, 0.5
+            )
+        elif kind == 'straight-through':
+            y = F.fake_quantize(view(leaf), scale, zero, 0, 15)
+        else:
+            y = F.lsq_fake_quantize(view(leaf), scale, zero, 0, 15, 0.5)
+        y.backward(view(upstream))
+        results.append((leaf.grad, scale.grad))
+    (expected, expected_scale), (straight, _), (learned, learned_scale), (nothing, scale_only) = results
+    assert nothing is None and torch.equal(straight, expected) and torch.equal(learned, expected)
+    torch.testing.assert_close(learned_scale, expected_scale, rtol=1e-4, atol=1e-3)
+    assert torch.equal(scale_only, learned_scale)
+
+
 def test_large_tensor_of_one_channel(monkeypatch):
     monkeypatch.setattr(pieces, 'CPU_CHUNK', 1000)
     x = torch.randn(4, 1, 50, 50)
     scale, zero = torch.tensor([0.11]), torch.tensor([7], dtype=torch.int32)
     expected = torch.fake_quantize_per_tensor_affine(x, scale[0], zero[0], 0, 15)
     assert torch.equal(F.fake_quantize(x, scale, zero, 0, 15, ch_axis=1), expected)
+    grads = []
+    for params, ch_axis in (((scale, zero), 1), ((scale[0], zero[0]), None)):
+        learned = params[0].clone().requires_grad_()
+        F.lsq_fake_quantize(x, learned, params[1], 0, 15, 0.5, ch_axis).square().sum().backward()
+        assert learned.grad.shape == learned.shape
+        grads.append(learned.grad.view(()))
+    assert torch.equal(*grads)
 
 
 def test_inplace_is_ignored_while_gradients_are_recorded():

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ptqsam import functional as F
 from ptqsam import pieces
 from ptqsam.quantizers import LSQ, Uniform
+from ptqsam.registry import QUANTIZERS
 
+QUANTIZERS.import_from_location()
 TYPES = [Uniform, LSQ]
 LAYOUTS = {
     'contiguous': lambda x: x,
@@ -27,8 +29,8 @@ def make(kind: type, x: torch.Tensor, **settings):
     quantizer.mode = 'observe'
     quantizer(x)
     quantizer.mode = 'quantize'
-    with torch.no_grad():
-        quantizer.scale.mul_(0.6)
+    if isinstance(quantizer, Uniform):
+        quantizer.scale.data.mul_(0.6)
     return quantizer
 
 
@@ -109,6 +111,24 @@ def test_fused_equals_the_composition(kind, ch_axis, recorded, layout, monkeypat
         assert torch.equal(grad_x, expected_grad) and (grad_x == 0).any()
     if grad_scale is not None:
         torch.testing.assert_close(grad_scale, expected_grad_scale, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', sorted(QUANTIZERS.module_dict))
+def test_everything_registered_drops_like_the_composition(name):
+    torch.manual_seed(0)
+    x = torch.rand(6, 7, 50).square()
+    quantizer = make(QUANTIZERS.get(name), x)
+    gradients = []
+    for fused in (True, False):
+        leaf = x.clone().requires_grad_()
+        quantizer.drop_prob = 0.5 if fused else 1.0
+        quantizer.zero_grad()
+        torch.manual_seed(1)
+        y = quantizer(leaf) if fused else composition(quantizer, leaf, F.drop_mask(x, 0.5))
+        y.square().sum().backward()
+        gradients.append([y, leaf.grad, *(parameter.grad for parameter in quantizer.learnable().values())])
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    torch.testing.assert_close(gradients[0][1:], gradients[1][1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])

@@ -95,6 +95,11 @@ def zero_point_outside(sam):
     quantizer.zero_point.data.fill_(quantizer.qmax + 1)
 
 
+def published_agq(sam):
+    for quantizer in act_quantizers(sam):
+        quantizer.published = True
+
+
 TAMPERINGS = {
     soft_weight: 'off the integer grid',
     float_weight_of_the_second_layer: 'off the integer grid',
@@ -124,7 +129,7 @@ class Tamper(Hook):
         self.how = how
 
     def before_evaluate(self, runner):
-        {f.__name__: f for f in TAMPERINGS}[self.how](runner.model.sam)
+        {f.__name__: f for f in [*TAMPERINGS, published_agq]}[self.how](runner.model.sam)
 
 
 @pytest.mark.parametrize('tampering', TAMPERINGS, ids=lambda f: f.__name__)
@@ -136,6 +141,23 @@ def test_gate_stops_a_tampered_model(tampering, tiny, tmp_path, capsys):
     error = capsys.readouterr().err.strip().split('\n')[-1]
     assert error.startswith('error: freeze gate: ') and TAMPERINGS[tampering] in error
     assert not (tmp_path / 'w/packed').exists() and not (tmp_path / 'w/result.json').exists()
+
+
+AGQ_RULES = """
+rules: [{match: '*softmax', bits: 4, quantizer: {type: AGQ}}]
+"""
+
+
+@pytest.mark.parametrize('published', [False, True])
+def test_logarithmic_softmax_quantizers(published, tiny, tmp_path, capsys):
+    """They pass; as published, with a level more than there are codes, they do not."""
+    recipe = tmp_path / 'recipe.yaml'
+    hook = 'hooks: [{type: Tamper, how: published_agq}]\n' * published
+    recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\n{AGQ_RULES}{hook}')
+    code = main([str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(tmp_path / 'w')])
+    assert code == (4 if published else 0)
+    assert (tmp_path / 'w/packed').exists() != published
+    assert ('17 distinct values, 4 bits allow 16' in capsys.readouterr().err) == published
 
 
 def test_nan_behind_the_last_quantizer_names_the_image(tiny, tmp_path, capsys):
