@@ -18,9 +18,9 @@ from ptqsam.reconstruction.sampling import draw_positions
 from ptqsam.reconstruction.streams import Arguments, captured, returned
 from ptqsam.reconstruction.units import Segment, Unit, find_segments
 
-# An iteration over the forward and backward pass of the float unit. Measured on one CPU thread, see `Step`.
-STEP_TIME = 2.0
-STEP_MEMORY = 1.6
+# What an iteration adds to the forward and backward pass of the float unit: no matrix products, but as many bytes again
+# for quantizing, dropping and comparing, and the memory that this takes
+ADDED_TRAFFIC, ADDED_MEMORY = 1.0, 0.6
 # times that the soft rounding, its regulariser and Adam read or write each weight
 WEIGHT_PASSES = 40
 
@@ -42,11 +42,8 @@ class Step:
     @property
     def total(self) -> Work:
         """With everything that reconstruction adds."""
-        passes = WEIGHT_PASSES * 4 * self.weights
-        work = self.work
-        return Work(
-            round(STEP_TIME * work.flops), round(STEP_TIME * work.traffic) + passes, round(STEP_MEMORY * work.peak)
-        )
+        traffic = self.work.traffic * (1 + ADDED_TRAFFIC) + WEIGHT_PASSES * 4 * self.weights
+        return Work(self.work.flops, round(traffic), round(self.work.peak * (1 + ADDED_MEMORY)))
 
 
 def cache_bytes(model: Any, target: nn.Module, level: Level, samples: Sequence[Any], dtype: str = 'float32') -> int:

@@ -184,7 +184,7 @@ class Optimiser:
         """Rounding variables, and scales each with its learning rate."""
         settings = self.settings
         alphas = [rounding.alpha for rounding in roundings]
-        groups: list[dict[str, Any]] = [dict(params=alphas, lr=settings.weight_lr, decays=settings.weight_decay_lr)]
+        groups: list[dict[str, Any]] = [dict(params=alphas, lr=settings.weight_lr, decays=False)]
         if not settings.activations:
             return groups
         for quantizer in self.unit.act_quantizers:

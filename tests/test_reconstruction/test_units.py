@@ -74,7 +74,7 @@ def test_every_weight_lies_in_one_unit(arch, level):
     parts = found(arch, level)
     ops = [op for unit in units(parts) for op in unit.ops.values()]
     assert len(ops) == len(set(ops))
-    assert set(ops) == {op for _, op, _ in quant_ops(quantized(arch))}
+    assert set(ops) == {op for _, op, _ in quant_ops(quantized(arch, None))}
     for segment in (segment for part in parts for segment in part):
         assert {op for unit in segment.units for op in unit.ops.values()} == set(segment.ops.values())
     if level == 'layer':
@@ -86,7 +86,7 @@ def test_order_of_execution_is_not_that_of_registration():
     block = 'image_encoder.stages.2.blocks.3'
     start = names.index(f'{block}.attn')
     assert names[start : start + 3] == [f'{block}.attn', f'{block}.local_conv', f'{block}.mlp']
-    registered = [name for name, _ in quantized('mobile').get_submodule(block).named_children()]
+    registered = [name for name, _ in quantized('mobile', None).get_submodule(block).named_children()]
     assert registered.index('mlp') < registered.index('local_conv'), 'the test tests nothing'
     layers = [unit.name for unit in units(found('mobile', 'layer')) if unit.name.startswith('mask_decoder.transformer.l')]
     attention = 'mask_decoder.transformer.layers.0.cross_attn_token_to_image'
