@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from mmengine.config import Config
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ptqsam.errors import ConfigError
 from ptqsam.yaml_files import check_yaml_chain
 
 
 class Schema(BaseModel):
-    """Base of all schema classes: no unknown keys, no silent type conversions."""
+    """Base of all schema classes: no unknown keys, no silent type conversions, no NaN or infinity."""
 
-    model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Part(BaseModel):
@@ -180,7 +180,16 @@ class Reconstruction(Schema):
         """Take from the preset what is left out."""
         if not isinstance(raw, dict):
             return raw
-        return PRESETS.get(raw.get('preset', 'fast'), {}) | raw
+        preset = raw.get('preset', 'fast')
+        return (PRESETS.get(preset, {}) if isinstance(preset, str) else {}) | raw
+
+    @field_validator('b_range')
+    @classmethod
+    def exponent_falls(cls, value: tuple[float, float]) -> tuple[float, float]:
+        """Refuse an exponent that would pull variables away from 0 and 1 at the end, or has no gradient."""
+        if not value[0] >= value[1] >= 1:
+            raise ValueError('the exponent has to fall, and to end at 1 or more')
+        return value
 
 
 class Compat(Schema):

@@ -280,7 +280,8 @@ def _learned_step_backward(
 def drop_mask(x: Tensor, prob: float) -> Tensor:
     """Where to quantize: each element true with a probability, drawn from torch's global generator.
 
-    One random byte per element, eight from one draw: the probability is rounded to a multiple of 1/256.
+    One random byte per element, eight from one draw: the probability is rounded to a multiple of 1/256. For one half,
+    which everybody takes, one random bit.
 
     Args:
         x: gives shape, device and memory order.
@@ -290,12 +291,16 @@ def drop_mask(x: Tensor, prob: float) -> Tensor:
         bool, shape of ``x``.
     """
     strides = torch.empty_like(x, device='meta').stride()
-    below = round(256 * prob)
+    below, count = round(256 * prob), x.numel()
+    per_draw = 64 if below == 128 else 8
     # all 64 bits: without bounds the highest one stays 0
-    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    draw = draws.view(torch.uint8)[: x.numel()]
-    mask = draw.lt_(below) if below < 256 else draw.fill_(1)
-    return mask.view(torch.bool).as_strided(x.shape, strides)
+    draws = torch.empty((count + per_draw - 1) // per_draw, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    draw = draws.view(torch.uint8)
+    if below == 128:
+        mask = torch.stack([draw & (1 << bit) for bit in range(8)]).clamp_(max=1).view(-1)
+    else:
+        mask = draw.lt_(below) if below < 256 else draw.fill_(1)
+    return mask[:count].view(torch.bool).as_strided(x.shape, strides)
 
 
 class _Mix(torch.autograd.Function):
@@ -304,11 +309,11 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
-        out = torch.empty_like(other).copy_(chosen)
-        pieces = pieces_of([out, ordered_like(other, out), ordered_like(mask, out)])
+        out = torch.empty_like(other)
+        pieces = pieces_of([out, *(ordered_like(tensor, out) for tensor in (chosen, other, mask))])
         weight = torch.empty_like(pieces[0][0])
-        for target, piece, where in pieces:
-            keep_where(where, target, piece, weight[: len(target)])
+        for target, first, second, where in pieces:
+            torch.lerp(second, first, weight[: len(target)].copy_(where.view(torch.uint8)), out=target)
         return out
 
     @staticmethod

@@ -47,32 +47,47 @@ class QuantEncoderAttention(QuantModule):
         proj = build.convert(module.get_submodule('proj'), 'proj', 'encoder.attn.proj')
         return cls(module, qkv, proj, build)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within each window, (B, H, W, C) -> (B, H, W, C)."""
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Attend within each window.
+
+        Args:
+            x: (B, H, W, C)
+            rows: queries to compute, the same in each window, (R,) int64 from 0 to H * W - 1. Default all.
+
+        Returns:
+            (B, H, W, C), or the queries asked for, (B, R, C).
+        """
         batch, height, width, _ = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.reshape(3, batch * self.num_heads, height * width, -1).unbind(0)
+        if rows is not None:
+            rows = rows.to(x.device)
+            q = q.index_select(1, rows)
         # the reshape above copied, nobody else reads q, k, v
         q, k, v = self.q(q, inplace=True), self.k(k, inplace=True), self.v(v, inplace=True)
-        x = self.attend(q, k, v, (height, width))
-        x = x.view(batch, self.num_heads, height, width, -1).permute(0, 2, 3, 1, 4)
-        return self.proj(x.reshape(batch, height, width, -1))
+        x = self.attend(q, k, v, (height, width), rows)
+        queries = (height, width) if rows is None else (len(rows),)
+        x = x.view(batch, self.num_heads, *queries, -1).movedim(1, -2)
+        return self.proj(x.reshape(batch, *queries, -1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int], rows: Tensor | None = None) -> Tensor:
         """Softmax attention with relative positions.
 
         Args:
-            q: queries (B * heads, H * W, head dim); k and v alike.
-            k: keys.
-            v: values.
+            q: queries (B * heads, Q, head dim).
+            k: keys (B * heads, H * W, head dim).
+            v: values, like the keys.
             size: H, W.
+            rows: where the queries are, (Q,). Default everywhere.
 
         Returns:
-            (B * heads, H * W, head dim)
+            (B * heads, Q, head dim)
         """
-        scaled, positions = q * self.scale, self.relative_positions(q, size)
-        if not slices_allowed(self.softmax) or torch.is_grad_enabled():
+        scaled, positions = q * self.scale, self.relative_positions(q, size, rows)
+        if not slices_allowed(self.softmax):
             return self.softmax(attention_map(scaled, k, positions, size), inplace=True, operand=v) @ v
+        if torch.is_grad_enabled():
+            return self.attend_by_heads(scaled, k, v, positions, size)
         out = torch.empty_like(q)
         for part in slices(q, k):
             heads = part[0]
@@ -80,24 +95,52 @@ class QuantEncoderAttention(QuantModule):
             torch.matmul(self.softmax(attention, inplace=True), v[heads], out=out[part])
         return out
 
-    def relative_positions(self, q: Tensor, size: tuple[int, int]) -> list[Tensor]:
-        """Scores of every query for the rows and for the columns of keys; nothing without relative positions.
+    def attend_by_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Sequence[Tensor], size: tuple[int, int]
+    ) -> Tensor:
+        """Attention of a few heads at a time, for gradients: of the other heads only what they need is in memory.
 
         Args:
-            q: queries (B * heads, H * W, head dim).
+            q: scaled queries (B * heads, Q, head dim).
+            k: keys (B * heads, H * W, head dim).
+            v: values, like the keys.
+            positions: of `relative_positions`.
             size: H, W.
 
         Returns:
-            (B * heads, H * W, H) and (B * heads, H * W, W)
+            (B * heads, Q, head dim)
+        """
+        heads = slice_heads(q, k)
+        # split, not slices: the gradient of a slice is as large as the whole
+        parts = zip(*(tensor.split(heads) for tensor in (q, k, v, *positions)), strict=True)
+        self.softmax.whole = q.shape[0] * q.shape[1] * k.shape[1]
+        outputs = [self.softmax(attention_map(q, k, scores, size), operand=v) @ v for q, k, v, *scores in parts]
+        self.softmax.whole = None
+        return torch.cat(outputs)
+
+    def relative_positions(self, q: Tensor, size: tuple[int, int], rows: Tensor | None = None) -> list[Tensor]:
+        """Scores of every query for the rows and for the columns of keys; nothing without relative positions.
+
+        Args:
+            q: queries (B * heads, Q, head dim).
+            size: H, W.
+            rows: where the queries are, (Q,). Default everywhere.
+
+        Returns:
+            (B * heads, Q, H) and (B * heads, Q, W)
         """
         from segment_anything.modeling.image_encoder import get_rel_pos
 
         if not self.use_rel_pos:
             return []
+        vertical = get_rel_pos(size[0], size[0], self.rel_pos_h)
+        horizontal = get_rel_pos(size[1], size[1], self.rel_pos_w)
+        if rows is not None:
+            tables = vertical[rows // size[1]], horizontal[rows % size[1]]
+            return [torch.einsum('bqc,qkc->bqk', q, table) for table in tables]
         grid = q.unflatten(1, size)
-        rows = torch.einsum('bhwc,hkc->bhwk', grid, get_rel_pos(size[0], size[0], self.rel_pos_h))
-        columns = torch.einsum('bhwc,wkc->bhwk', grid, get_rel_pos(size[1], size[1], self.rel_pos_w))
-        return [rows.flatten(1, 2), columns.flatten(1, 2)]
+        scores = torch.einsum('bhwc,hkc->bhwk', grid, vertical), torch.einsum('bhwc,wkc->bhwk', grid, horizontal)
+        return [score.flatten(1, 2) for score in scores]
 
 
 def attention_map(q: Tensor, k: Tensor, positions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -123,13 +166,21 @@ def attention_map(q: Tensor, k: Tensor, positions: Sequence[Tensor], size: tuple
 
 def slices(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut an attention map into pieces: several heads with all of their queries, or some queries of one head."""
-    most = SLICE_ELEMENTS if q.device.type == 'cpu' else GPU_SLICE_ELEMENTS
-    queries, keys = q.shape[1], k.shape[1]
-    heads = max(1, most // (queries * keys))
-    step = max(1, most // (heads * keys))
+    queries, heads = q.shape[1], slice_heads(q, k)
+    step = max(1, slice_elements(q) // (heads * k.shape[1]))
     for first in range(0, q.shape[0], heads):
         for start in range(0, queries, step):
             yield slice(first, first + heads), slice(start, start + step)
+
+
+def slice_heads(q: Tensor, k: Tensor) -> int:
+    """Heads whose attention maps are worked on together, at least one."""
+    return max(1, slice_elements(q) // (q.shape[1] * k.shape[1]))
+
+
+def slice_elements(x: Tensor) -> int:
+    """Most elements of a slice on the device of a tensor."""
+    return SLICE_ELEMENTS if x.device.type == 'cpu' else GPU_SLICE_ELEMENTS
 
 
 def slices_allowed(quantizer: Quantizer | PassThrough) -> bool:

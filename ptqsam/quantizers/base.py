@@ -40,6 +40,7 @@ class Quantizer(nn.Module, ABC):
         qmax: largest code.
         drop_prob: probability with which a value is quantized while reconstruction drops quantization at random
             (QDrop's name); 1 otherwise: everything is quantized.
+        whole: elements of the tensor that `forward` is being given in parts; None otherwise.
         observer: collects statistics; not part of the state.
         scale: buffer or parameter, float32, 0-dim or (C,); without elements until there are parameters.
         zero_point: buffer, int32, likewise.
@@ -71,6 +72,7 @@ class Quantizer(nn.Module, ABC):
         self.qmin, self.qmax = quant_range(bits, symmetric)
         self.path = ''
         self.drop_prob = 1.0
+        self.whole: int | None = None
         settings = dict(bits=bits, symmetric=symmetric, ch_axis=ch_axis)
         self.observer: Observer = build_part(OBSERVERS, **{'type': 'MinMax', **(observer or {}), **settings})
         self._mode: Mode = 'off'

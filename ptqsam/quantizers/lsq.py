@@ -38,7 +38,7 @@ class LSQ(Uniform):
             return super().quantize_where(mask, x, inplace)
         # without a graph and a version count: the value changes only right after an optimiser step went wrong
         self.scale.data.copy_(self.used_scale())
-        shared = max(1, x.numel() // self.scale.numel())
+        shared = max(1, (self.whole or x.numel()) // self.scale.numel())
         factor = (shared * self.qmax) ** -0.5
         return lsq_fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, factor, self.ch_axis, mask)
 

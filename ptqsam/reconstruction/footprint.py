@@ -19,7 +19,9 @@ from ptqsam.reconstruction.streams import Arguments, captured, returned
 from ptqsam.reconstruction.units import Segment, Unit, find_segments
 
 # What an iteration adds to the forward and backward pass of the float unit: no matrix products, but as many bytes again
-# for quantizing, dropping and comparing, and the memory that this takes
+# for quantizing, dropping and comparing, and the memory that this takes. Against CPU time on one thread, MobileSAM at
+# W4A4 with 1024 positions: all units together 1.09 s for 1.02 s, attentions and MLPs 0.7 to 1.5 times their time,
+# depthwise convolutions up to 3.6 times, of whose backward pass too many operations are counted.
 ADDED_TRAFFIC, ADDED_MEMORY = 1.0, 0.6
 # times that the soft rounding, its regulariser and Adam read or write each weight
 WEIGHT_PASSES = 40

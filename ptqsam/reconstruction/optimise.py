@@ -233,7 +233,8 @@ class Optimiser:
         """Activations of all images of an iteration, in one batch."""
         parts = [[cache.get(index, select) for cache, select in self.selections(draw)] for index, draw in drawn]
         quantized, plain, targets = (
-            [torch.cat(tensors) for tensors in zip(*kind, strict=True)] for kind in zip(*parts, strict=True)
+            [tensors[0] if len(tensors) == 1 else torch.cat(tensors) for tensors in zip(*kind, strict=True)]
+            for kind in zip(*parts, strict=True)
         )
         masks = [draw.valid(part[1]) for (_, draw), part in zip(drawn, parts, strict=True)]
         present = [mask for mask in masks if mask is not None]

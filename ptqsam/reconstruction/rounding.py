@@ -25,53 +25,54 @@ def rectified_sigmoid(alpha: Tensor) -> Tensor:
     Returns:
         `clamp(sigmoid(alpha) * 1.2 - 0.1, 0, 1)`, shape of `alpha`, without a gradient.
     """
-    return _rectify(torch.sigmoid(alpha.detach()))
+    return _rectify(alpha.detach().sigmoid())
 
 
 def _rectify(sigmoid: Tensor) -> Tensor:
-    return (sigmoid * SPAN).add_(LOWER).clamp_(0.0, 1.0)
+    """Stretch and clamp, in place."""
+    return sigmoid.mul_(SPAN).add_(LOWER).clamp_(0.0, 1.0)
 
 
-def _backward(grad: Tensor, sigmoid: Tensor) -> Tensor:
-    """Gradient of alpha from that of its rectified sigmoid; zero where that is clamped."""
-    grad = torch.ops.aten.sigmoid_backward(grad, sigmoid)
-    inside = -LOWER / SPAN, (1 - LOWER) / SPAN
+def _slope(sigmoid: Tensor) -> Tensor:
+    """Gradient of the rectified sigmoid, divided by `SPAN`; zero where it is clamped."""
+    slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1)
     # the kernel of clamping: one pass in place of two comparisons and a product
-    return torch.ops.aten.hardtanh_backward(grad, sigmoid, *inside).mul_(SPAN)
+    return torch.ops.aten.hardtanh_backward(slope, sigmoid, -LOWER / SPAN, (1 - LOWER) / SPAN)
 
 
 class _SoftWeight(torch.autograd.Function):
     """`(low + h * free) * scale` with the gradient of alpha."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, low: Tensor, free: Tensor, scale: Tensor) -> Tensor:
-        sigmoid = torch.sigmoid(alpha)
-        ctx.save_for_backward(sigmoid, free, scale)
-        return torch.addcmul(low, _rectify(sigmoid), free).mul_(scale)
+    def forward(
+        ctx: Any, alpha: Tensor, h: Tensor, slope: Tensor, low: Tensor, free: Tensor, scale: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(slope, free, scale)
+        return torch.addcmul(low, h, free).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        sigmoid, free, scale = ctx.saved_tensors
-        return _backward((grads[0] * scale).mul_(free), sigmoid), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slope, free, scale = ctx.saved_tensors
+        return (grads[0] * (scale * SPAN)).mul_(free).mul_(slope), *[None] * 5
 
 
 class _Regulariser(torch.autograd.Function):
     """`sum(1 - |2 h - 1|^exponent)`; its gradient needs the same power, so that the forward pass computes both."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, exponent: float) -> Tensor:
-        sigmoid = torch.sigmoid(alpha)
-        centred = _rectify(sigmoid).mul_(2.0).sub_(1.0)
+    def forward(ctx: Any, alpha: Tensor, h: Tensor, slope: Tensor, exponent: float) -> Tensor:
+        centred = torch.mul(h, 2.0).sub_(1.0)
         distance = centred.abs()
         power = distance.pow(exponent - 1)
         value = torch.addcmul(power.new_ones(()), power, distance, value=-1).sum()
-        ctx.save_for_backward(_backward(power.copysign_(centred), sigmoid).mul_(-2 * exponent))
+        ctx.save_for_backward(power.copysign_(centred).mul_(slope))
+        ctx.factor = -2 * SPAN * exponent
         return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None
+        return gradient * (grads[0] * ctx.factor), None, None, None
 
 
 class SoftRounding(nn.Module):
@@ -125,10 +126,21 @@ class SoftRounding(nn.Module):
             'nearest_up': up,
         }.items():
             self.register_buffer(name, tensor, persistent=False)
+        self._known: tuple[Tensor, int, Tensor, Tensor] | None = None
+
+    def _rectified(self) -> tuple[Tensor, Tensor]:
+        """`h` and its slope; the weight and the regulariser of an iteration share them."""
+        alpha = self.alpha
+        if self._known is not None and self._known[0] is alpha and self._known[1] == alpha._version:
+            return self._known[2:]
+        sigmoid = alpha.detach().sigmoid()
+        slope = _slope(sigmoid)
+        self._known = alpha, alpha._version, _rectify(sigmoid), slope
+        return self._known[2:]
 
     def soft(self) -> Tensor:
         """Weight with the gradient of alpha, equation 22: `(clamp(floor(w / s) + h + z, qmin, qmax) - z) * s`."""
-        return _SoftWeight.apply(self.alpha, self.low, self.free, self.scale)
+        return _SoftWeight.apply(self.alpha, *self._rectified(), self.low, self.free, self.scale)
 
     @torch.no_grad()
     def hard(self) -> Tensor:
@@ -144,7 +156,7 @@ class SoftRounding(nn.Module):
         Returns:
             `sum(1 - |2 h - 1|^exponent)` over all weights, 0-dim; zero when every `h` is 0 or 1.
         """
-        return _Regulariser.apply(self.alpha, exponent)
+        return _Regulariser.apply(self.alpha, *self._rectified(), exponent)
 
     @torch.no_grad()
     def unsettled(self) -> Tensor:

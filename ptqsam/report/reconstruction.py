@@ -136,13 +136,13 @@ def tick_values(least: float, most: float) -> list[float]:
     """Round numbers for a logarithmic axis, few enough to be read."""
     for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
         decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
-        values = [step * 10.0**decade for decade in decades for step in steps]
+        values = [float(f'{step}e{decade}') for decade in decades for step in steps]
         inside = [value for value in values if least <= value <= most]
         if len(inside) <= 9:
             break
     if len(inside) < 3:
         inside = np.round(np.linspace(least, most, 4), 3).tolist()
-    return sorted({1.0, *inside})
+    return sorted({1.0, *inside[:: len(inside) // 12 + 1]})
 
 
 def draw_shares(axes: Axes, shares: Sequence[float], colours: Sequence[str], title: str) -> None:
@@ -210,6 +210,11 @@ def relative_losses(outcome: 'Outcome') -> np.ndarray:
 
 
 def shortened(values: np.ndarray) -> np.ndarray:
-    """Means of consecutive values, at most `POINTS` of them; what is not finite leaves a gap."""
-    parts = np.array_split(values, min(len(values), POINTS))
-    return np.array([part.mean() for part in parts]) if len(values) else values
+    """Means of consecutive values, at most `POINTS` of them."""
+    return np.array([part.mean() for part in np.split(values, point_ends(len(values))[:-1])])
+
+
+def point_ends(length: int) -> list[int]:
+    """Number of values up to and with those of each point of a shortened curve."""
+    count = min(length, POINTS)
+    return [(index + 1) * length // count for index in range(count)]

@@ -4,20 +4,26 @@ import csv
 import importlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
 from ptqsam.errors import ConfigError
 from ptqsam.registry import SOLVER_HOOKS
+from ptqsam.report.reconstruction import COLUMNS as OUTCOME_COLUMNS
+from ptqsam.report.reconstruction import point_ends, relative_losses, shortened
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
 
 MAX_PICTURES = 16
+# columns of tables; axis of the loss curves
+NUMBERS = ('sqnr_db', 'cosine', *OUTCOME_COLUMNS[1:])
+ITERATION = 'reconstruction/iteration'
 MODES = ('online', 'offline', 'disabled')
 # where wandb keeps copies of what it uploads and its logs, by default in the home folder
 FOLDERS = ('WANDB_DATA_DIR', 'WANDB_CACHE_DIR')
@@ -89,6 +95,24 @@ class WandbReport(Hook):
             reason = ' '.join(str(error).split())
             raise ConfigError(f'WandbReport: wandb does not start in mode {self.mode!r} ({reason})') from None
 
+    def after_reconstruct(self, runner: 'Runner') -> None:
+        """Log what reconstruction did to each unit; its loss curves have the iteration as their axis."""
+        if self.run is None:
+            return
+        wandb = import_wandb()
+        loop: Any = runner.test_loop
+        folder = Path(loop.work_dir)
+        columns, rows = read_table(folder / 'reconstruction.csv')
+        media: dict[str, Any] = {'units': wandb.Table(columns=columns, data=rows)}
+        if (plot := folder / 'reconstruction.png').is_file():
+            media['reconstruction'] = wandb.Image(str(plot))
+        self.run.log(media)
+        self.run.define_metric(ITERATION, hidden=True)
+        self.run.define_metric('unit_loss/*', step_metric=ITERATION)
+        curves = {f'unit_loss/{unit}': relative_losses(outcome) for unit, outcome in loop.outcomes.items()}
+        for values in curve_points(curves):
+            self.run.log(values)
+
     def after_report(self, runner: 'Runner') -> None:
         """Log what the run left in its work dir, and close the run."""
         if self.run is None:
@@ -156,8 +180,22 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
     return flat | {name: result[name] for name in ('peak_memory_mb', 'compat', 'images')}
 
 
+def curve_points(curves: Mapping[str, np.ndarray]) -> Iterator[dict[str, float]]:
+    """What to log for curves over the same iterations, shortened to means of some of them.
+
+    Args:
+        curves: name -> values, all of one length.
+
+    Yields:
+        Values at a point, and `ITERATION`, the last one that the point stands for.
+    """
+    short = {name: shortened(curve) for name, curve in curves.items()}
+    for index, end in enumerate(point_ends(max(map(len, curves.values()), default=0))):
+        yield {ITERATION: end} | {name: float(values[index]) for name, values in short.items()}
+
+
 def read_table(path: Path) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of `summary.csv` with numbers as numbers.
+    """Columns and rows of `summary.csv` or `reconstruction.csv` with numbers as numbers.
 
     Args:
         path: the CSV file.
@@ -168,7 +206,7 @@ def read_table(path: Path) -> tuple[list[str], list[list[Any]]]:
     """
     with open(path, encoding='utf-8', newline='') as file:
         columns, *rows = csv.reader(file)
-    convert: dict[str, Callable[[str], Any]] = {'bits': int, 'sqnr_db': _number, 'cosine': _number}
+    convert: dict[str, Callable[[str], Any]] = {'bits': int} | dict.fromkeys(NUMBERS, _number)
     return columns, [[convert.get(name, str)(cell) for name, cell in zip(columns, row, strict=True)] for row in rows]
 
 

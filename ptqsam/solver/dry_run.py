@@ -23,6 +23,14 @@ from ptqsam.report.summary import align, rule_table
 from ptqsam.solver.calibrate import draw_images
 from ptqsam.solver.loop import RunOptions, build_dataset, image_names
 from ptqsam.solver.prepare import act_quantizers, quantize_model
+from ptqsam.solver.reconstruct import check_reconstruction
+from ptqsam.solver.reconstruction_plan import (
+    Plan,
+    duration,
+    plan_reconstruction,
+    reconstruct_row,
+    reconstruction_lines,
+)
 from ptqsam.solver.rules import RuleBook
 
 # Memory of a run over that of the tensors which exist at a time in a forward pass: the allocator's pieces, and the
@@ -76,7 +84,9 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
         calibration = find_images(
             config.calib_dataset,
             drawn.num_images,
-            lambda names: draw_images(names, evaluation.names, drawn.num_images, drawn.seed),
+            lambda names: draw_images(
+                names, evaluation.names, drawn.num_images, drawn.seed, recipe.compat.first_images
+            ),
         )
     float_size = float_bytes(model.sam)
     for part in recipe.hooks:
@@ -84,9 +94,14 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
     rules = RuleBook(recipe)
     with torch.device('meta'):
         quantize_model(model.sam, rules)
+    check_reconstruction(recipe)
     packed_size = packed_bytes(model.sam)
     with copies_counted(model.sam):
         encoder, decoder = encoder_work(model), decoder_work(model)
+        counts = known_counts(model, calibration)
+        if counts is None:
+            counts = [drawn.max_boxes] * (calibration.count or drawn.num_images)
+        plan = plan_reconstruction(model, recipe, counts, torch.device(get_device()))
 
     stages = {
         'calibrate': (calibration, min(drawn.max_boxes, model.options.max_boxes)),
@@ -94,11 +109,18 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
     }
     sections = [
         [f'recipe {recipe.algorithm}, W{recipe.bits.weight}A{recipe.bits.act}', rule_table(rules)],
+        compat_lines(recipe) + reconstruction_lines(recipe, plan),
         [f'size   float {float_size / 1e6:.1f} MB, packed about {packed_size / 1e6:.1f} MB'],
         data_lines(model, calibration, evaluation),
-        estimate_lines(model, stages, encoder, decoder, float_size),
+        estimate_lines(model, stages, encoder, decoder, float_size, plan),
     ]
-    return '\n\n'.join('\n'.join(section) for section in sections)
+    return '\n\n'.join('\n'.join(section) for section in sections if section)
+
+
+def compat_lines(recipe: QuantConfig) -> list[str]:
+    """Which published defects are reproduced."""
+    active = recipe.compat.active
+    return [f'compat  {", ".join(active)}: published defects; no packed checkpoint is written'] if active else []
 
 
 def find_images(dataset_config: Any, wanted: int | None, choose: Callable[[list[str]], Iterable[int]]) -> Images:
@@ -200,7 +222,12 @@ def known_counts(model: Any, images: Images) -> list[int] | None:
 
 
 def estimate_lines(
-    model: Any, stages: dict[str, tuple[Images, int]], encoder: Work, decoder: Work, weights: int
+    model: Any,
+    stages: dict[str, tuple[Images, int]],
+    encoder: Work,
+    decoder: Work,
+    weights: int,
+    plan: Plan | None = None,
 ) -> list[str]:
     """Rough time and memory per stage on this machine.
 
@@ -210,6 +237,7 @@ def estimate_lines(
         encoder: work for one image.
         decoder: work for one chunk of boxes.
         weights: bytes of SAM.
+        plan: of the reconstruction, if there is one.
     """
     device = torch.device(get_device())
     memory = memory_in_use(device) + weights + OVERHEAD * max(encoder.peak, decoder.peak)
@@ -222,16 +250,11 @@ def estimate_lines(
             seconds = images.count * machine.seconds(encoder) + boxes / chunk * machine.seconds(decoder)
             row = [str(images.count), f'{"at most " * bound}{boxes}', duration(seconds)]
         rows.append((stage, *row, f'{memory / 1e9:.1f} GB'))
+        if stage == 'calibrate' and plan is not None:
+            rows.append(reconstruct_row(plan, machine, device, encoder, decoder, chunk, memory))
     return [
         f'encoder {encoder.flops / 1e9:.1f} GFLOP per image, decoder {decoder.flops / chunk / 1e9:.2f} GFLOP per box',
         f'{device.type} at present: {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s',
         align(rows),
         'time and memory are rough; the detector and the loading of images come on top',
     ]
-
-
-def duration(seconds: float) -> str:
-    """Time in the unit that suits it."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

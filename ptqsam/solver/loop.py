@@ -38,7 +38,7 @@ from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, dr
 from ptqsam.solver.compat import apply_compat, report_gate
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.prepare import quantize_model
-from ptqsam.solver.reconstruct import ReconstructionStage
+from ptqsam.solver.reconstruct import ReconstructionStage, check_reconstruction
 from ptqsam.solver.rules import RuleBook
 
 # images on which the error of the activation quantizers is measured
@@ -230,6 +230,7 @@ class PTQLoop(TestLoop):
         if ready is None:
             quantize_model(self.target, self.rules)
             apply_compat(self.target, self.recipe.compat)
+            check_reconstruction(self.recipe)
             return
         manifest, self.rules = load_packed(ready, self.target)
         self.check_same(ready, manifest)

@@ -20,6 +20,7 @@ from ptqsam.progress import progress
 from ptqsam.reconstruction.cache import ActivationCache, choose_store
 from ptqsam.reconstruction.engine import Reconstructor, Sample
 from ptqsam.reconstruction.footprint import cache_bytes
+from ptqsam.reconstruction.optimise import make_loss
 from ptqsam.solver.calibrate import limit_boxes
 from ptqsam.solver.prepare import quantizers
 
@@ -107,7 +108,7 @@ class ReconstructionStage:
         device = samples[0].image.device
         store = settings.store
         if store == 'auto':
-            needed = cache_bytes(model, target, self.recipe.reconstruction.unit, samples)
+            needed = cache_bytes(model, target, self.recipe.reconstruction.unit, samples, settings.dtype)
             store = choose_store(needed, device, folder=self.folder)
         new_cache = partial(ActivationCache, store, device, getattr(torch, settings.dtype), self.folder)
         engine = Reconstructor(
@@ -115,6 +116,19 @@ class ReconstructionStage:
         )
         engine.run()
         return engine
+
+
+def check_reconstruction(recipe: QuantConfig) -> None:
+    """Refuse a reconstruction that cannot work, before the work of the calibration.
+
+    Args:
+        recipe: checked recipe, with or without `reconstruction`.
+
+    Raises:
+        ConfigError: the loss cannot be built.
+    """
+    if recipe.reconstruction is not None:
+        make_loss(recipe.reconstruction, recipe.compat)
 
 
 def draw_samples(model: Any, batches: Iterable[Any], recipe: QuantConfig) -> list[Sample]:

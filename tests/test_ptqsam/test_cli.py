@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from ptqsam.cli import main
+from ptqsam.cli import main, show_result
 from tests.tiny import ROOT, accept_interrupts, run_tool, tool_command
 
 FILES = {'result.json', 'summary.csv', 'sqnr.png', 'fp.json', 'packed'}
@@ -52,6 +52,36 @@ def test_files(finished):
     assert all(float(row['sqnr_db']) > 0 for row in rows)
     by_kind = {kind: [float(r['sqnr_db']) for r in rows if r['kind'] == kind] for kind in ('act', 'weight')}
     assert min(by_kind['act']) > max(by_kind['weight']), '8-bit activations have less error than 4-bit weights'
+
+
+def test_only_files_that_exist_are_named(finished):
+    done, _ = finished
+    (line,) = [line for line in done.stdout.split('\n') if line.startswith('2 images; in ')]
+    folder, names = line.removeprefix('2 images; in ').split(': ')
+    assert folder.endswith('out')
+    assert names.split(', ') == ['result.json', 'summary.csv', 'sqnr.png', 'packed']
+
+
+def test_names_of_files(tmp_path, capsys):
+    """Of a run that was reconstructed, and of one with published defects, which has no packed checkpoint."""
+    result = dict(
+        algorithm='x',
+        bits=dict(weight=4, act=4),
+        quantized=dict(weight={'4': 1}, act={'4': 1}),
+        metrics=dict(fp=None, quant=dict(mask_mIoU=0.5)),
+        size_mb=dict(fp=1.0),
+        compat=['soft_weights'],
+        violations=3,
+        images=2,
+        work_dir=str(tmp_path),
+    )
+    for name in ('result.json', 'reconstruction.csv', 'reconstruction.png', 'other.txt'):
+        (tmp_path / name).touch()
+    show_result(result, None)
+    *_, table, note, _, files, last = capsys.readouterr().out.strip().split('\n')
+    assert '(compat: soft_weights)' in table and note.startswith('not honestly quantized: 3 violations')
+    assert files == f'2 images; in {tmp_path}: result.json, reconstruction.csv, reconstruction.png'
+    assert json.loads(last) == result
 
 
 def test_same_seed_same_result_and_another_seed_another(finished, tiny, tmp_path):
@@ -223,6 +253,36 @@ def test_dry_run_refuses_what_the_run_refuses(tiny, tmp_path, monkeypatch, capsy
     bad = tmp_path / 'bad.yaml'
     bad.write_text(f'_base_: {tiny / "recipe.yaml"}\nhooks: [{{type: WandbReprot}}]\n')
     fails(capsys, 2, "did you mean 'WandbReport'?", tiny / 'tiny.py', bad, '--dry-run')
+
+
+RECONSTRUCT = 'reconstruction: {iters: 2, '
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (RECONSTRUCT + 'loss: {type: SquaredEror}}', "did you mean 'SquaredError'?"),
+        (RECONSTRUCT + 'loss: {type: SquaredError, dimm: 1}}', 'dimm'),
+        (RECONSTRUCT + 'itters: 2}', "did you mean 'iters'?"),
+        ('compat: {soft: true}', "unknown key 'compat.soft'"),
+    ],
+)
+def test_a_reconstruction_that_cannot_work_is_refused_at_once(text, message, tiny, tmp_path, monkeypatch, capsys):
+    """By the dry run, and by the run before it calibrates."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('ptqsam.solver.loop.calibrate_activations', lambda *args: pytest.fail('too late'))
+    bad = tmp_path / 'bad.yaml'
+    bad.write_text(f'_base_: {tiny / "recipe.yaml"}\n{text}\n')
+    fails(capsys, 2, message, tiny / 'tiny.py', bad, '--dry-run')
+    fails(capsys, 2, message, tiny / 'tiny.py', bad)
+
+
+def test_an_operator_that_runs_twice_is_refused_by_the_dry_run(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bad = tmp_path / 'bad.yaml'
+    bad.write_text(f'_base_: {tiny / "recipe.yaml"}\n{RECONSTRUCT}}}\n')
+    options = ['--cfg-options', 'model.test_cfg.cascade=1']
+    fails(capsys, 2, 'runs more than once', tiny / 'tiny.py', bad, '--dry-run', *options)
 
 
 def test_a_failed_run_leaves_no_result_of_an_earlier_one(finished, tiny, tmp_path, capsys):

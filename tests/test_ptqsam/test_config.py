@@ -1,11 +1,16 @@
 """The recipe schema: inheritance, overrides, and one clear line for every mistake."""
 
+import json
+import math
+
 import pytest
 import yaml
 from mmengine.config import Config
 
-from ptqsam.config import load_quant_config, parse_quant_config
+from ptqsam.cli import parse_args
+from ptqsam.config import PRESETS, load_quant_config, parse_quant_config
 from ptqsam.errors import ConfigError
+from tests.tiny import ROOT
 
 GOOD = {'algorithm': 'x', 'bits': {'weight': 4, 'act': 8}}
 
@@ -29,7 +34,10 @@ def test_defaults_and_types():
             "'calibration.observer.foo' (known keys: weight, act)",
         ),
         ({'rules': [{'match': '*', 'quantiser': {'type': 'LSQ'}}]}, "'rules.0.quantiser' (did you mean 'quantizer'?)"),
-        ({'compat': {'soft_weights': True}}, "unknown key 'compat.soft_weights'"),
+        ({'compat': {'soft_weight': True}}, "unknown key 'compat.soft_weight' (did you mean 'soft_weights'?)"),
+        ({'compat': {'old': True}}, "unknown key 'compat.old' (known keys: keep_drop_prob, soft_weights, "),
+        ({'compat': {'soft_weights': 1}}, "key 'compat.soft_weights': input should be a valid boolean, got 1"),
+        ({'compat': ['soft_weights']}, "key 'compat'"),
         ({'bits': {'weight': 1, 'act': 8}}, "key 'bits.weight': input should be greater than or equal to 2, got 1"),
         ({'bits': {'weight': 4, 'act': 9}}, "key 'bits.act': input should be less than or equal to 8, got 9"),
         ({'bits': {'weight': '4', 'act': 8}}, "key 'bits.weight': input should be a valid integer, got '4'"),
@@ -50,6 +58,128 @@ def test_mistakes_are_one_clear_line(change, message):
     assert str(info.value).startswith('exp/x.yaml: ')
     assert message in str(info.value)
     assert '\n' not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'presett': 'fast'}, "unknown key 'reconstruction.presett' (did you mean 'preset'?)"),
+        ({'iter': 3}, "unknown key 'reconstruction.iter' (did you mean 'iters'?)"),
+        ({'cache': {'stor': 'disk'}}, "unknown key 'reconstruction.cache.stor' (did you mean 'store'?)"),
+        ({'preset': 'slow'}, "key 'reconstruction.preset': input should be 'paper' or 'fast', got 'slow'"),
+        ({'preset': ['fast']}, "key 'reconstruction.preset'"),
+        ({'preset': None}, "key 'reconstruction.preset'"),
+        (
+            {'unit': 'blok'},
+            "key 'reconstruction.unit': input should be 'layer', 'module', 'block' or 'stage', got 'blok'",
+        ),
+        ({'drop_prob': 0}, "key 'reconstruction.drop_prob': input should be greater than 0, got 0"),
+        ({'drop_prob': 1.1}, "key 'reconstruction.drop_prob'"),
+        ({'b_range': [2, 20]}, "key 'reconstruction.b_range': value error, the exponent has to fall"),
+        ({'b_range': [20, 0.5]}, "key 'reconstruction.b_range': value error, the exponent has to fall"),
+        ({'b_range': [20]}, "key 'reconstruction.b_range.1' is missing"),
+        ({'b_range': [20, 9, 2]}, "key 'reconstruction.b_range'"),
+        ({'b_range': 20}, "key 'reconstruction.b_range': input should be a valid tuple, got 20"),
+        ({'b_range': ['a', 2]}, "key 'reconstruction.b_range.0'"),
+        ({'b_range': [math.inf, 2]}, "key 'reconstruction.b_range.0': input should be a finite number, got inf"),
+        ({'warm_up': 1.0}, "key 'reconstruction.warm_up'"),
+        ({'warm_up': -0.1}, "key 'reconstruction.warm_up'"),
+        ({'iters': 0}, "key 'reconstruction.iters'"),
+        ({'iters': None}, "key 'reconstruction.iters'"),
+        ({'iters': '20'}, "key 'reconstruction.iters': input should be a valid integer, got '20'"),
+        ({'iters': True}, "key 'reconstruction.iters'"),
+        ({'batch_size': 0}, "key 'reconstruction.batch_size'"),
+        ({'tokens_per_step': 8}, "key 'reconstruction.tokens_per_step': input should be greater than or equal to 16"),
+        ({'tokens_per_step': 'all'}, "key 'reconstruction.tokens_per_step'"),
+        ({'max_boxes': 0}, "key 'reconstruction.max_boxes'"),
+        ({'weight_lr': 0}, "key 'reconstruction.weight_lr': input should be greater than 0, got 0"),
+        ({'weight_lr': math.nan}, "key 'reconstruction.weight_lr': input should be a finite number, got nan"),
+        ({'scale_lr': -1}, "key 'reconstruction.scale_lr'"),
+        ({'regulariser': -1}, "key 'reconstruction.regulariser'"),
+        ({'regulariser': math.inf}, "key 'reconstruction.regulariser'"),
+        ({'activations': 'no'}, "key 'reconstruction.activations': input should be a valid boolean, got 'no'"),
+        ({'loss': 'SquaredError'}, "key 'reconstruction.loss'"),
+        ({'loss': {}}, "key 'reconstruction.loss.type' is missing"),
+        ({'cache': {'store': 'gpu'}}, "input should be 'auto', 'device', 'host' or 'disk', got 'gpu'"),
+        ({'cache': {'dtype': 'float16'}}, "input should be 'float32' or 'bfloat16', got 'float16'"),
+        ('fast', "key 'reconstruction'"),
+        (True, "key 'reconstruction'"),
+        ([1], "key 'reconstruction'"),
+    ],
+)
+def test_mistakes_in_reconstruction_are_one_clear_line(settings, message):
+    with pytest.raises(ConfigError) as info:
+        parse_quant_config(GOOD | {'reconstruction': settings}, 'exp/x.yaml')
+    assert str(info.value).startswith('exp/x.yaml: ')
+    assert message in str(info.value)
+    assert '\n' not in str(info.value)
+
+
+def test_no_recipe_reconstructs_unless_asked():
+    assert parse_quant_config(GOOD, 'here').reconstruction is None
+    assert parse_quant_config(GOOD | {'reconstruction': None}, 'here').reconstruction is None
+    assert parse_quant_config(GOOD | {'reconstruction': {}}, 'here').reconstruction.preset == 'fast'
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_a_preset_gives_what_is_left_out(preset):
+    settings = parse_quant_config(GOOD | {'reconstruction': {'preset': preset}}, 'here').reconstruction
+    given = settings.model_dump()
+    assert PRESETS[preset].items() <= given.items()
+    own = {'iters': 3, 'tokens_per_step': None, 'weight_lr': 0.5}
+    changed = parse_quant_config(GOOD | {'reconstruction': {'preset': preset, **own}}, 'here').reconstruction
+    assert changed.model_dump() == given | own
+
+
+def test_presets_give_the_same_settings():
+    assert PRESETS['paper'].keys() == PRESETS['fast'].keys()
+
+
+def test_the_preset_of_the_papers():
+    """Methods.md 1.5."""
+    settings = parse_quant_config(GOOD | {'reconstruction': {'preset': 'paper'}}, 'here').reconstruction
+    assert (settings.iters, settings.batch_size, settings.warm_up, settings.b_range) == (20000, 1, 0.2, (20, 2))
+    assert (settings.weight_lr, settings.scale_lr, settings.regulariser) == (1e-3, 4e-5, 0.01)
+    assert settings.drop_prob == 0.5 and settings.tokens_per_step is None
+    assert not settings.relative_regulariser and not settings.relative_scale_lr
+
+
+def test_a_recipe_with_reconstruction_survives_a_manifest():
+    raw = GOOD | {'reconstruction': {'preset': 'paper', 'b_range': [10, 3]}, 'compat': {'loss_dim1': True}}
+    config = parse_quant_config(raw, 'here')
+    plain = json.loads(json.dumps(config.plain()))
+    assert parse_quant_config(plain, 'again') == config
+    assert config.compat.active == ['loss_dim1']
+    assert parse_quant_config(GOOD, 'here').compat.active == []
+
+
+def options(*words):
+    """What the command line makes of `--quant-options`."""
+    return parse_args(['model.py', 'recipe.yaml', '--quant-options', *words]).quant_options
+
+
+def test_the_command_line_wins_over_the_preset():
+    recipe = ROOT / 'exp' / 'qdrop' / 'w4a4.yaml'
+    fast = load_quant_config(recipe).reconstruction
+    assert fast.preset == 'fast' and fast.iters == PRESETS['fast']['iters']
+    paper = load_quant_config(recipe, options('reconstruction.preset=paper')).reconstruction
+    assert PRESETS['paper'].items() <= paper.model_dump().items()
+    assert paper.unit == fast.unit, 'what the recipe says itself stays'
+    both = load_quant_config(recipe, options('reconstruction.preset=paper', 'reconstruction.iters=20')).reconstruction
+    assert both == paper.model_copy(update={'iters': 20})
+    only = load_quant_config(recipe, options('reconstruction.iters=20')).reconstruction
+    assert only == fast.model_copy(update={'iters': 20})
+
+
+def test_values_on_the_command_line():
+    recipe = ROOT / 'exp' / 'qdrop' / 'w4a4.yaml'
+    words = ['tokens_per_step=None', 'b_range=10,3', 'weight_lr=1e-3', 'activations=false', 'cache.store=disk']
+    settings = load_quant_config(recipe, options(*(f'reconstruction.{word}' for word in words))).reconstruction
+    assert settings.tokens_per_step is None and settings.b_range == (10, 3) and settings.weight_lr == 1e-3
+    assert not settings.activations and settings.cache.store == 'disk' and settings.cache.dtype == 'float32'
+    assert load_quant_config(recipe, options('reconstruction=None')).reconstruction is None
+    without = load_quant_config(ROOT / 'exp' / 'mse' / 'w4a4.yaml', options('reconstruction.iters=5')).reconstruction
+    assert without.iters == 5 and without.preset == 'fast', 'a recipe without the section gets it'
 
 
 def test_base_files_and_overrides(tmp_path):

@@ -1,6 +1,7 @@
 """Every shipped recipe on every shipped SAM: builds, and quantizes exactly the places of methods.md 1.3."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -20,6 +21,42 @@ SAMS = {path.stem.rpartition('_')[2]: path for path in CONFIGS if path.parent.na
 DEPTHS = {'sam-vit-b': 12, 'sam-vit-l': 24, 'sam-vit-h': 32}
 
 
+BITS = ('w4a4', 'w5a5', 'w6a6', 'w8a8', 'w4a8')
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a family of recipes is meant to do.
+
+    Attributes:
+        act: quantizer of activations other than softmax outputs.
+        softmax: quantizer of softmax outputs.
+        observers: of weights and of activations.
+        hooks: solver hooks.
+        unit: level of the reconstruction; None: there is none.
+        scales: whether it learns scales of activations.
+    """
+
+    act: str = 'Uniform'
+    softmax: str = 'Uniform'
+    observers: tuple[str, str] = ('MSE', 'MSE')
+    hooks: tuple[str, ...] = ()
+    unit: str | None = None
+    scales: bool = True
+
+
+PTQ4SAM = dict(softmax='AGQ', observers=('MSE', 'AvgMinMax'), hooks=('BimodalIntegration',))
+ALGORITHMS = {
+    'minmax': Expected(observers=('MinMax', 'MinMax')),
+    'mse': Expected(),
+    'ptq4sam_s': Expected(**PTQ4SAM),
+    'adaround': Expected(unit='layer', scales=False),
+    'brecq': Expected(unit='module', scales=False),
+    'qdrop': Expected(act='LSQ', softmax='LSQ', unit='module'),
+    'ptq4sam': Expected(act='LSQ', **PTQ4SAM, unit='module'),
+}
+
+
 def quantized(config, recipe):
     with torch.device('meta'):
         sam = MODELS.build(Config.fromfile(config).model.sam)
@@ -36,7 +73,7 @@ def test_every_config_has_one_of_these_sams():
 
 def test_expected_recipes_are_there():
     names = {path.relative_to(ROOT / 'exp').with_suffix('').as_posix() for path in RECIPES}
-    assert names >= {f'{a}/{b}' for a in ('minmax', 'mse') for b in ('w4a4', 'w5a5', 'w6a6', 'w8a8', 'w4a8')}
+    assert names == {f'{algorithm}/{bits}' for algorithm in ALGORITHMS for bits in BITS}
 
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: f'{path.parent.name}-{path.stem}')
@@ -49,6 +86,30 @@ def test_builds(sam, recipe):
     assert {c.bits for c in rules.enabled if c.point.kind == 'weight'} == {weight}
     assert {c.bits for c in rules.enabled if c.point.kind == 'act'} == {act}
     assert rules.config.algorithm == recipe.parent.name
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: f'{path.parent.name}-{path.stem}')
+@pytest.mark.parametrize('sam', ['mobile-sam', 'sam-vit-b'])
+def test_quantizers_stand_where_the_method_wants_them(sam, recipe):
+    """A list in a recipe replaces that of its base file, so each file with rules must have all of them."""
+    model, rules = quantized(SAMS[sam], recipe)
+    expected = ALGORITHMS[recipe.parent.name]
+    built = {q.path: type(q).__name__ for q in quantizers(model)}
+    for choice in rules.enabled:
+        point = choice.point
+        kind = 'Uniform' if point.kind == 'weight' else expected.act
+        if point.role.endswith('.softmax'):
+            kind = expected.softmax
+        assert built[point.path] == kind, point
+        assert choice.observer.type == expected.observers[point.kind == 'act'], point
+    assert sum(choice.point.role.endswith('.softmax') for choice in rules.enabled) > 7
+    config = rules.config
+    assert tuple(hook.type for hook in config.hooks) == expected.hooks
+    assert (config.reconstruction and config.reconstruction.unit) == expected.unit
+    if config.reconstruction is not None:
+        assert config.reconstruction.preset == 'fast'
+        assert config.reconstruction.activations == expected.scales
+    assert not config.compat.active, 'no shipped recipe reproduces a defect'
 
 
 @pytest.mark.parametrize('sam', DEPTHS)

@@ -49,14 +49,17 @@ def test_summary_has_a_row_per_quantizer(tmp_path, rules):
     ]
 
 
-def result(fp: dict | None, act_bits: tuple[str, ...] = ('8',)) -> dict:
-    return dict(
+def result(fp: dict | None, act_bits: tuple[str, ...] = ('8',), **changes) -> dict:
+    plain = dict(
         algorithm='mse',
         bits=dict(weight=4, act=8),
         quantized=dict(points=9, weight={'4': 3}, act=dict.fromkeys(act_bits, 2)),
         metrics=dict(fp=fp, quant=dict(segm_mAP=0.25, mask_iou=0.70004)),
         size_mb=dict(fp=40.5, packed=6.04),
+        compat=[],
+        violations=0,
     )
+    return plain | changes
 
 
 def test_result_table():
@@ -75,6 +78,21 @@ def test_result_table_without_the_float_model():
 def test_a_recipe_whose_rules_change_bits_is_marked():
     assert 'mse W4A8 (rules: other bits)' in result_table(result(None, ('6', '8')))
     assert 'rules' not in result_table(result(None))
+
+
+def test_a_run_with_published_defects_is_stamped():
+    broken = result(None, size_mb=dict(fp=40.5), compat=['soft_weights', 'keep_drop_prob'], violations=7)
+    header, row, note = result_table(broken).splitlines()
+    assert row.startswith('mse W4A8 (compat: soft_weights, keep_drop_prob)')
+    assert row.split()[-1] == '-', 'nothing was packed'
+    assert note == 'not honestly quantized: 7 violations of the freeze gate, see the log'
+    assert header.split() == ['segm_mAP', 'mask_iou', 'MB']
+
+
+def test_a_published_defect_that_the_gate_does_not_see_is_stamped_too():
+    lines = result_table(result(None, size_mb={}, compat=['first_images'])).splitlines()
+    assert len(lines) == 2 and '(compat: first_images)' in lines[1]
+    assert not any(word in result_table(result(None)) for word in ('compat', 'honestly'))
 
 
 def test_rule_table_counts_and_names_the_deciding_rule(rules):

@@ -12,13 +12,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from mmengine.registry import HOOKS
 from PIL import Image
 
 from ptqsam.errors import ConfigError
+from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import WandbReport
-from ptqsam.report.wandb_report import MAX_PICTURES, read_table, summary_of
+from ptqsam.report.reconstruction import COLUMNS as OUTCOME_COLUMNS
+from ptqsam.report.reconstruction import plot_outcomes, write_outcomes
+from ptqsam.report.wandb_report import ITERATION, MAX_PICTURES, curve_points, read_table, summary_of
 from tests.tiny import ROOT
 
 SUMMARY = """path,role,kind,quantizer,bits,observer,rule,sqnr_db,cosine
@@ -79,7 +83,8 @@ def read_run(work_dir: Path) -> SimpleNamespace:
     from wandb.proto import wandb_internal_pb2
 
     (path,) = work_dir.glob('wandb/offline-run-*/run-*.wandb')
-    run = SimpleNamespace(config={}, summary={}, history={}, start=None, exit_code=None, folder=path.parent)
+    run = SimpleNamespace(config={}, summary={}, history={}, rows=[], axes={}, start=None, exit_code=None)
+    run.folder = path.parent
     for data in read_records(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         match record.WhichOneof('record_type'):
@@ -90,6 +95,10 @@ def read_run(work_dir: Path) -> SimpleNamespace:
                 merge(run.summary, record.summary.update)
             case 'history':
                 merge(run.history, record.history.item)
+                run.rows.append({})
+                merge(run.rows[-1], record.history.item)
+            case 'metric':
+                run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
             case 'exit':
                 run.exit_code = record.exit.exit_code
     return run
@@ -167,6 +176,41 @@ def test_a_run_is_reported(runner, wandb, capfd):
     assert not children()
     assert os.environ == environment
     assert wandb.run is None
+
+
+def test_reconstruction_is_reported_as_soon_as_it_is_done(runner, wandb):
+    loop = runner.test_loop
+    loop.outcomes = {
+        'encoder.0': Outcome(4.0, 1.0, 0.25, 0.0, torch.linspace(4, 1, 10)),
+        'encoder.1': Outcome(2.0, 3.0, 0.5, 1.0, torch.linspace(2, 3, 10)),
+    }
+    write_outcomes(loop.work_dir / 'reconstruction.csv', loop.outcomes)
+    plot_outcomes(loop.work_dir / 'reconstruction.png', loop.outcomes)
+    hook = WandbReport()
+    hook.before_prepare(runner)
+    hook.after_reconstruct(runner)
+    hook.after_failure(runner)
+    run = read_run(loop.work_dir)
+    table = json.loads((run.folder / 'files' / run.history['units']['path']).read_text())
+    assert table['columns'] == list(OUTCOME_COLUMNS)
+    assert table['data'] == [['encoder.0', 4, 1, 0.25, 0.25, 0], ['encoder.1', 2, 3, 1.5, 0.5, 1]]
+    assert (run.folder / 'files' / run.history['reconstruction']['path']).is_file()
+    curves = [row for row in run.rows if ITERATION in row]
+    assert [row[ITERATION] for row in curves] == list(range(1, 11))
+    assert curves[0]['unit_loss/encoder.0'] == 1.0 and curves[-1]['unit_loss/encoder.1'] == 1.5
+    assert run.axes['unit_loss/*'] == ITERATION
+
+
+def test_reconstruction_without_a_run(runner):
+    WandbReport().after_reconstruct(runner)
+
+
+def test_long_curves_are_shortened():
+    points = list(curve_points({'a': np.arange(20000.0), 'b': np.ones(20000)}))
+    assert 20 < len(points) < 200
+    assert points[-1][ITERATION] == 20000
+    assert all(point['b'] == 1 for point in points)
+    assert not list(curve_points({}))
 
 
 def test_a_failed_run_is_marked(runner, wandb):

@@ -1,0 +1,162 @@
+"""What the reconstruction of a recipe will cost, for the dry run."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptqsam.config import QuantConfig
+from ptqsam.errors import ConfigError
+from ptqsam.estimate import Machine, Work
+from ptqsam.reconstruction.cache import choose_store
+from ptqsam.reconstruction.engine import Sample
+from ptqsam.reconstruction.footprint import Step, cache_bytes, iteration_steps
+from ptqsam.reconstruction.optimise import ERROR_IMAGES
+
+# Forward passes of all calibration images that bring both streams through the model: one of the float model; one of the
+# quantized model, and on the way to its units parts that add up to about half of one, at about twice the cost.
+STREAM_PASSES = 4
+INDENT = ' ' * 13
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A reconstruction before it is run.
+
+    Attributes:
+        steps: cost of an iteration of each unit.
+        iters: iterations per unit.
+        images: calibration images.
+        boxes: prompt boxes on all of them.
+        cache: bytes of the activation caches, at most.
+        store: where they would lie; '' where there is no room.
+        problem: what is missing and what to do, or ''.
+    """
+
+    steps: list[Step]
+    iters: int
+    images: int
+    boxes: int
+    cache: int
+    store: str
+    problem: str
+
+    @property
+    def peak(self) -> int:
+        """Bytes of an iteration, at most."""
+        return max((step.total.peak for step in self.steps), default=0)
+
+    def seconds(self, machine: Machine, encoder: float, box: float) -> float:
+        """Estimated time.
+
+        Args:
+            machine: its speed.
+            encoder: seconds for one image.
+            box: seconds for one box.
+        """
+        iterations = self.iters * sum(machine.seconds(step.total) for step in self.steps)
+        # before and after the learning, the error of every unit on some images
+        passes = STREAM_PASSES + 2 * min(ERROR_IMAGES, self.images) / self.images
+        return iterations + passes * (self.images * encoder + self.boxes * box)
+
+
+def plan_reconstruction(model: Any, recipe: QuantConfig, counts: Sequence[int], device: torch.device) -> Plan | None:
+    """What the reconstruction of a recipe will cost.
+
+    Args:
+        model: detector-prompted SAM on the meta device, quantizers `off`.
+        recipe: checked recipe.
+        counts: prompt boxes on each calibration image.
+        device: where the units will be optimised.
+
+    Returns:
+        None if the recipe has no reconstruction.
+
+    Raises:
+        ConfigError: an operator runs more than once in a forward pass.
+    """
+    settings = recipe.reconstruction
+    if settings is None:
+        return None
+    most = min(recipe.calibration.max_boxes, settings.max_boxes, model.options.max_boxes)
+    problem = '' if any(counts) else 'none of the calibration images has a prompt box; draw more images'
+    # with no box at all the decoder could not be estimated
+    counts = [min(count, most) for count in (counts if any(counts) else [most] * len(counts))]
+    with torch.device('meta'):
+        image = torch.empty(1, 3, model.sam.image_size, model.sam.image_size)
+        samples = [Sample(image, torch.empty(count, 4)) for count in counts]
+        steps = iteration_steps(model, model.sam, settings, samples)
+        needed = cache_bytes(model, model.sam, settings.unit, samples, settings.cache.dtype)
+    store: str = settings.cache.store
+    if store == 'auto':
+        try:
+            store = choose_store(needed, device, folder=Path.cwd())
+        except ConfigError as error:
+            store, problem = '', problem or str(error)
+    return Plan(steps, settings.iters, len(samples), sum(counts), needed, store, problem)
+
+
+def reconstruction_lines(recipe: QuantConfig, plan: Plan | None) -> list[str]:
+    """Units, iterations, settings with what the preset gave them, and the activation cache."""
+    if recipe.reconstruction is None or plan is None:
+        return []
+    settings = recipe.reconstruction.model_dump(exclude={'preset', 'unit', 'iters', 'cache'})
+    units, cache = len(plan.steps), recipe.reconstruction.cache
+    title = (
+        f'reconstruct  {units} units (unit={recipe.reconstruction.unit}), {plan.iters} iterations each, '
+        f'{units * plan.iters} in total; preset {recipe.reconstruction.preset}'
+    )
+    values = ', '.join(f'{name}={show(value)}' for name, value in settings.items())
+    store = plan.store or 'nowhere'
+    if cache.store == 'auto':
+        store += ' (auto)'
+    return [
+        title,
+        *textwrap.wrap(values, 100, initial_indent=INDENT, subsequent_indent=INDENT),
+        f'{INDENT}activation cache at most {plan.cache / 1e9:.2f} GB, {cache.dtype}, store {store}',
+        *([f'missing: reconstruction: {plan.problem}'] if plan.problem else []),
+    ]
+
+
+def show(value: Any) -> str:
+    """A setting as a recipe has it."""
+    if isinstance(value, dict):
+        name, *others = value.values()
+        return f'{name}' if not others else str(value)
+    return str(value).lower() if isinstance(value, bool) else 'all' if value is None else str(value)
+
+
+def reconstruct_row(
+    plan: Plan, machine: Machine, device: torch.device, encoder: Work, decoder: Work, chunk: int, memory: int
+) -> tuple[str, ...]:
+    """Row of the table of estimates.
+
+    Args:
+        plan: of the reconstruction.
+        machine: its speed.
+        device: where the units are optimised.
+        encoder: work for one image.
+        decoder: work for one chunk of boxes.
+        chunk: boxes in a chunk.
+        memory: bytes of a forward pass, weights and everything else included.
+    """
+    seconds = plan.seconds(machine, machine.seconds(encoder), machine.seconds(decoder) / chunk)
+    # what is kept in the memory that the row is about
+    kept = plan.cache if plan.store == 'device' or (device.type, plan.store) == ('cpu', 'host') else 0
+    return (
+        'reconstruct',
+        str(plan.images),
+        str(plan.boxes),
+        duration(seconds),
+        f'{(memory + kept + plan.peak) / 1e9:.1f} GB',
+    )
+
+
+def duration(seconds: float) -> str:
+    """Time in the unit that suits it."""
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

@@ -1,0 +1,44 @@
+"""Query rows of the encoder attention: some of the output, with the same gradients as if the rest had been left out."""
+
+import pytest
+import torch
+from torch import nn
+
+from ptqsam.solver.prepare import quantizers
+from tests.test_modules.test_off_mode import attention, convert
+
+ROWS = torch.tensor([29, 0, 7, 8])
+
+
+@pytest.fixture(params=[dict(use_rel_pos=True), dict(qkv_bias=False)], ids=['relative positions', 'none'])
+def module(request):
+    torch.manual_seed(0)
+    return attention(**request.param)
+
+
+@pytest.mark.parametrize('mode', ['off', 'quantize'])
+@pytest.mark.parametrize('windows', [1, 3])
+def test_rows_are_those_of_the_full_output(module, mode, windows):
+    quant, _ = convert(module)
+    x = torch.randn(windows, 5, 6, 32)
+    with torch.no_grad():
+        for quantizer in quantizers(quant) if mode == 'quantize' else ():
+            quantizer.mode = 'observe'
+        quant(x)
+        for quantizer in quantizers(quant) if mode == 'quantize' else ():
+            quantizer.mode = mode
+        expected = quant(x).flatten(1, 2)[:, ROWS]
+        torch.testing.assert_close(quant(x, ROWS), expected)
+        torch.testing.assert_close(quant(x, rows=ROWS[:1]), expected[:, :1])
+
+
+def test_gradients_are_those_of_the_rows(module):
+    quant, _ = convert(module)
+    quant.qkv.weight = nn.Parameter(quant.qkv.weight.detach().clone())
+    x = torch.randn(1, 5, 6, 32)
+    gradients = []
+    for output in (quant(x, ROWS), quant(x).flatten(1, 2)[:, ROWS]):
+        quant.qkv.weight.grad = None
+        output.square().sum().backward()
+        gradients.append(quant.qkv.weight.grad / quant.qkv.weight.grad.abs().max())
+    torch.testing.assert_close(*gradients)

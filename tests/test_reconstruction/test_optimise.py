@@ -1,0 +1,269 @@
+"""One unit: better than nearest rounding, and afterwards nothing soft, dropped or trainable is left, whatever happens."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from ptqsam.config import Compat
+from ptqsam.errors import GateError
+from ptqsam.modules import QuantLinear, QuantOp
+from ptqsam.quantizers import LSQ, Uniform
+from ptqsam.reconstruction.optimise import ERROR_IMAGES, Optimiser, UnitData
+from ptqsam.reconstruction.streams import Arguments
+from ptqsam.reconstruction.units import Unit
+from ptqsam.solver.prepare import quantizers
+from tests.test_reconstruction.helpers import make_settings, new_cache
+
+CHANNELS, IMAGES = 16, 6
+
+
+def toy(act: int = 8):
+    """A unit of two layers with correlated inputs, and its data."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(CHANNELS, 32), nn.Linear(32, CHANNELS)]
+    mixing = torch.randn(CHANNELS, CHANNELS) * torch.logspace(0, -2, CHANNELS)[:, None]
+    ops = [QuantLinear(layer, LSQ(act), Uniform(3, ch_axis=0)) for layer in layers]
+    for number, op in enumerate(ops):
+        op.input_quantizer.path, op.weight_quantizer.path = f'{number}.input', f'{number}.weight'
+    block = nn.Sequential(ops[0], nn.GELU(), ops[1]).requires_grad_(False)
+    unit = Unit('toy', {'toy': block}, positions='tokens')
+    data, images = UnitData(new_cache), [torch.randn(1, 40, CHANNELS) @ mixing for _ in range(IMAGES)]
+    for image in images:
+        data.targets.append([block(image)])
+        data.plain.append([image])
+        data.add_quantized(Arguments.of(((image + 0.02 * torch.randn_like(image),), {})))
+    for quantizer in quantizers(block):
+        quantizer.mode = 'observe'
+    for image in images:
+        block(image)
+    for quantizer in quantizers(block):
+        quantizer.mode = 'quantize'
+    return unit, data
+
+
+def optimiser(unit, data, compat=None, seed=0, **settings):
+    return Optimiser(unit, data, make_settings(**settings), compat or Compat(), seed)
+
+
+def nothing(step, loss):
+    """Called after every iteration."""
+
+
+def weights(unit):
+    return [op.weight for op in unit.ops.values()]
+
+
+def check_finished(unit):
+    """What must hold for every unit that is behind us."""
+    for quantizer in unit.act_quantizers:
+        assert quantizer.drop_prob == 1 and float(quantizer.scale) > 0
+    for parameter in unit.last.parameters():
+        assert not parameter.requires_grad and parameter.grad is None
+    for op in unit.ops.values():
+        assert op.frozen and op.rounding is None
+        assert torch.equal(op.weight_quantizer.decode(op.weight_quantizer.encode(op.weight)), op.weight)
+
+
+@pytest.mark.parametrize('settings', [{}, {'activations': False}, {'drop_prob': 1.0}, {'preset': 'paper'}])
+def test_nothing_soft_dropped_or_trainable_is_left(settings):
+    unit, data = toy()
+    outcome = optimiser(unit, data, **{'iters': 5, **settings}).run(nothing)
+    check_finished(unit)
+    assert outcome.losses.shape == (5,) and bool(torch.isfinite(outcome.losses).all())
+    assert 0 <= outcome.flipped <= 1 and 0 <= outcome.unsettled <= 1
+    x = torch.randn(3, CHANNELS)
+    assert torch.equal(unit(x), unit(x))
+
+
+def test_better_than_nearest_rounding():
+    unit, data = toy()
+    outcome = optimiser(unit, data, iters=300, tokens_per_step=128, relative_regulariser=True).run(nothing)
+    assert outcome.reconstructed < 0.7 * outcome.nearest
+    assert 0.01 < outcome.flipped < 0.5 and outcome.unsettled < 0.5
+    with torch.no_grad():
+        error = torch.stack([
+            (unit(data.quantized.get(i)[0]) - data.targets.get(i)[0]).square().sum(-1).mean() for i in range(ERROR_IMAGES)
+        ])
+    assert float(error.mean()) == pytest.approx(outcome.reconstructed, rel=1e-5)
+
+
+def test_what_is_reported_about_nearest_rounding():
+    unit, data = toy()
+    expected = []
+    with torch.no_grad():
+        for index in range(ERROR_IMAGES):
+            expected.append((unit(data.quantized.get(index)[0]) - data.targets.get(index)[0]).square().sum(-1).mean())
+    outcome = optimiser(unit, data, iters=1).run(nothing)
+    assert outcome.nearest == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+
+
+def test_an_error_under_way_leaves_nothing_dropping():
+    unit, data = toy()
+    inside = []
+
+    def fail(step, loss):
+        inside.append([quantizer.drop_prob for quantizer in unit.act_quantizers])
+        if step == 3:
+            raise KeyboardInterrupt
+
+    state = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        optimiser(unit, data, iters=10).run(fail)
+    assert inside == [[0.5, 0.5]] * 3
+    for quantizer in unit.act_quantizers:
+        assert quantizer.drop_prob == 1 and not quantizer.scale.requires_grad and quantizer.scale.grad is None
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize('iters', [1, 7])
+def test_one_call_of_the_loss_per_iteration(iters):
+    """Whoever counts calls counts iterations (defect D4)."""
+    unit, data = toy()
+    work, calls, steps = optimiser(unit, data, iters=iters), [], []
+    loss = work.loss
+    work.loss = lambda *args: calls.append(torch.is_grad_enabled()) or loss(*args)
+    work.run(lambda step, value: steps.append(step))
+    assert sum(calls) == iters and steps == list(range(1, iters + 1))
+    assert len(calls) == iters + 2 * ERROR_IMAGES, 'and the errors before and after'
+
+
+def test_seed_alone_decides():
+    """Whatever the global generator did before; and it is where it was."""
+    results = []
+    for before, seed in ((1, 5), (2, 5), (1, 6)):
+        unit, data = toy()
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        losses = optimiser(unit, data, seed=seed, iters=20).run(nothing).losses
+        assert torch.equal(state, torch.get_rng_state())
+        results.append([losses, *weights(unit), *(quantizer.scale for quantizer in unit.act_quantizers)])
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+def test_scales_are_learned_and_stay_positive():
+    unit, data = toy(act=4)
+    before = [quantizer.scale.clone() for quantizer in unit.act_quantizers]
+    optimiser(unit, data, iters=10).run(nothing)
+    assert all(not torch.equal(a, q.scale) for a, q in zip(before, unit.act_quantizers, strict=True))
+    unit, data = toy(act=4)
+    # a step that throws every scale through zero
+    optimiser(unit, data, iters=1, scale_lr=10.0, relative_scale_lr=False).run(nothing)
+    check_finished(unit)
+
+
+def test_weights_only_leaves_scales_and_inputs_alone():
+    unit, data = toy(act=4)
+    for quantizer in unit.act_quantizers:
+        quantizer.mode = 'off'
+    before = [quantizer.scale.clone() for quantizer in unit.act_quantizers]
+    work, inputs = optimiser(unit, data, activations=False, iters=4, tokens_per_step=None, batch_size=1), []
+    compare = work.compare
+    work.compare = lambda chosen, *args: inputs.append(chosen[0]) or compare(chosen, *args)
+    work.run(lambda *_: inputs.append([quantizer.drop_prob for quantizer in unit.act_quantizers]))
+    assert inputs.count([1.0, 1.0]) == 4
+    assert all(torch.equal(a, q.scale) for a, q in zip(before, unit.act_quantizers, strict=True))
+    known = [data.quantized.get(index)[0] for index in range(IMAGES)]
+    for given in (x for x in inputs if isinstance(x, torch.Tensor)):
+        assert any(given.shape == x.shape and torch.equal(given, x) for x in known), 'something was mixed in'
+
+
+def test_inputs_are_mixed_with_the_float_ones():
+    unit, data = toy()
+    work, shares = optimiser(unit, data, iters=3, tokens_per_step=None, batch_size=2), []
+    step_loss, compare = work.step_loss, work.compare
+
+    def watch(batch):
+        def look(inputs, *args):
+            (mixed,), (quantized,), (plain,) = inputs, batch.quantized, batch.plain
+            assert bool(((mixed == quantized) | (mixed == plain)).all())
+            shares.append(float((mixed == quantized).float().mean()))
+            return compare(inputs, *args)
+
+        work.compare = look
+        try:
+            return step_loss(batch)
+        finally:
+            work.compare = compare
+
+    work.step_loss = watch
+    work.run(nothing)
+    assert len(shares) == 3 and all(0.4 < share < 0.6 for share in shares)
+
+
+def test_a_forgotten_reset_is_not_hidden(monkeypatch):
+    """Defect D1 planted: the quantizers go on dropping, and say so."""
+    unit, data = toy()
+    monkeypatch.setattr(Optimiser, 'stop_dropping', lambda self: None)
+    optimiser(unit, data, iters=2).run(nothing)
+    assert [quantizer.drop_prob for quantizer in unit.act_quantizers] == [0.5, 0.5]
+    x = torch.randn(3, CHANNELS)
+    assert not torch.equal(unit(x), unit(x))
+
+
+def test_a_soft_weight_is_refused(monkeypatch):
+    """Defect D2 planted: a weight that hardening left soft stops the run at once."""
+    unit, data = toy()
+    freeze = QuantOp.freeze
+    soft = list(unit.ops.values())[1]
+    monkeypatch.setattr(QuantOp, 'freeze', lambda self, _=False: freeze(self, self is soft))
+    with pytest.raises(GateError, match=r'toy.2.weight: off its integer grid'):
+        optimiser(unit, data, iters=3).run(nothing)
+
+
+def test_compat_reproduces_what_published_code_leaves():
+    unit, data = toy()
+    optimiser(unit, data, Compat(keep_drop_prob=True, soft_weights=True), iters=3).run(nothing)
+    assert [quantizer.drop_prob for quantizer in unit.act_quantizers] == [0.5, 0.5]
+    off_grid = [
+        bool((op.weight_quantizer.decode(op.weight_quantizer.encode(op.weight)) != op.weight).any())
+        for op in unit.ops.values()
+    ]
+    assert off_grid == [False, True], 'only the first layer is hardened'
+    assert optimiser(*toy(), Compat(loss_dim1=True)).loss.dim == 1 and optimiser(*toy()).loss.dim is None
+
+
+def test_loss_that_is_not_finite_names_the_unit():
+    unit, data = toy()
+    with pytest.raises(GateError, match=r'toy: the reconstruction loss became NaN'):
+        optimiser(unit, data, iters=20, weight_lr=1e38, scale_lr=1e38, relative_scale_lr=False).run(nothing)
+    assert all(quantizer.drop_prob == 1 for quantizer in unit.act_quantizers)
+
+
+def synchronisations(iters, on_iteration):
+    """How often a run reads a value on the host; not those with which Adam counts steps, they never left it."""
+    unit, data = toy()
+    work = optimiser(unit, data, iters=iters)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work.run(on_iteration)
+    names = ('aten::_local_scalar_dense', 'aten::nonzero', 'aten::is_nonzero')
+    return sum(event.name in names and 'Adam' not in ''.join(parents(event)) for event in profiler.events())
+
+
+def parents(event):
+    """Names of what an operation was called by."""
+    while (event := event.cpu_parent) is not None:
+        yield event.name
+
+
+def test_an_iteration_never_waits_for_the_device():
+    """However many iterations: no value is read on the host."""
+    assert 0 < synchronisations(3, nothing) == synchronisations(13, nothing)
+    assert synchronisations(13, lambda step, loss: float(loss)) == synchronisations(3, nothing) + 13, 'one would show'
+
+
+def test_an_iteration_leaves_no_memory_behind():
+    """Bytes of all living tensors after iterations 5 and 50."""
+    unit, data = toy()
+    live = {}
+
+    def measure(step, loss):
+        if step in (5, 50):
+            tensors = {id(t): t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
+            live[step] = sum({storage.data_ptr(): storage.nbytes() for storage in tensors.values()}.values())
+
+    optimiser(unit, data, iters=50, warm_up=0.0, tokens_per_step=None).run(measure)
+    assert live[5] == live[50]
