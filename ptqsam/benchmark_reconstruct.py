@@ -151,10 +151,10 @@ def benchmark_reconstruct(
         memory: whether to measure memory. Default True.
 
     Returns:
-        Title -> milliseconds ('forward_ms', 'floor_ms', 'step_ms', and its phases 'step_fetch_ms' to
-        'step_update_ms'; CPU time of all threads, or time on the GPU), memory in MB ('forward_mb', 'floor_mb', 'step_mb':
-        growth of the memory in use, so without weights and activation caches) and the ratios of step to floor 'time'
-        and 'memory'.
+        Title -> milliseconds of a float forward pass, of the floor and of an iteration, 'forward_ms', 'floor_ms' and
+        'step_ms', and of its phases, 'step_fetch_ms' to 'step_update_ms' (CPU time of all threads, or time on the GPU);
+        memory in MB, 'forward_mb', 'floor_mb', 'step_mb' (growth of the memory in use, so without weights and
+        activation caches); and the ratios of step to floor, 'time' and 'memory'.
 
     Raises:
         ConfigError: no reconstruction in the recipe, or no such unit in the SAM.
@@ -237,7 +237,7 @@ def build_bench(setting: Setting, case: Case) -> Bench:
     unit = replace(case.unit, modules={path: quantized.get_submodule(path) for path in case.unit.modules})
     plain = replace(case.unit, modules={path: model.get_submodule(path) for path in case.unit.modules})
     for path in unit.ops:
-        model.get_submodule(path).weight.requires_grad_(True)  # type: ignore[union-attr]
+        model.get_submodule(path).weight.requires_grad_(True)
     assert setting.recipe.reconstruction is not None
     data = UnitData(partial(ActivationCache, 'device', torch.device(setting.device)))
     optimiser = Optimiser(unit, data, setting.recipe.reconstruction, setting.recipe.compat, 0)

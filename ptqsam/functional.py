@@ -297,7 +297,10 @@ def drop_mask(x: Tensor, prob: float) -> Tensor:
     draws = torch.empty((count + per_draw - 1) // per_draw, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     draw = draws.view(torch.uint8)
     if below == 128:
-        mask = torch.stack([draw & (1 << bit) for bit in range(8)]).clamp_(max=1).view(-1)
+        mask = draw.new_empty(8, len(draw))
+        for bit, part in enumerate(mask):
+            torch.bitwise_and(draw, 1 << bit, out=part)
+        mask = mask.clamp_(max=1).view(-1)
     else:
         mask = draw.lt_(below) if below < 256 else draw.fill_(1)
     return mask[:count].view(torch.bool).as_strided(x.shape, strides)

@@ -160,7 +160,9 @@ def attention_map(q: Tensor, k: Tensor, positions: Sequence[Tensor], size: tuple
         rows, columns = positions
         # in place the result is the same, but backward through a view that was written to would copy the whole map
         add = Tensor.add if torch.is_grad_enabled() else Tensor.add_
-        attention = add(add(attention.unflatten(2, size), rows[..., None]), columns[..., None, :]).flatten(2)
+        # one after the other: each map is freed before the next but one is made
+        attention = add(attention.unflatten(2, size), rows[..., None])
+        attention = add(attention, columns[..., None, :]).flatten(2)
     return attention.softmax(dim=-1)
 
 

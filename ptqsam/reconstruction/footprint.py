@@ -15,7 +15,7 @@ from ptqsam.estimate import Work, measure_work
 from ptqsam.modules.unit_kinds import Level
 from ptqsam.reconstruction.cache import entry_bytes
 from ptqsam.reconstruction.sampling import draw_positions
-from ptqsam.reconstruction.streams import Arguments, captured, returned
+from ptqsam.reconstruction.streams import Arguments, captured
 from ptqsam.reconstruction.units import Segment, Unit, find_segments
 
 # What an iteration adds to the forward and backward pass of the float unit: no matrix products, but as many bytes again
@@ -99,13 +99,25 @@ def _parts(model: Any, target: nn.Module, level: Level, samples: Sequence[Any]) 
 
 def _segment_bytes(segments: Sequence[Segment], forward: Any, dtype: torch.dtype) -> list[int]:
     """Bytes per image while each segment is the current one."""
-    with ExitStack() as stack:
-        watched = {thing: thing for segment in segments for thing in (segment, *segment.units)}
-        inputs = {thing: stack.enter_context(captured(thing.first)) for thing in watched}
-        outputs = {thing: stack.enter_context(returned(thing.last)) for thing in watched}
+    own: dict[Any, int] = {}
+    made: dict[Any, int] = {}
+    handles = []
+    for thing in [thing for segment in segments for thing in (segment, *segment.units)]:
+        # sizes, not tensors: those of a whole encoder would not fit
+
+        def note_input(_: nn.Module, args: Any, kwargs: Any, thing: Unit = thing) -> None:
+            own[thing] = entry_bytes(_tensors((args, kwargs)), dtype)
+
+        def note_output(_: nn.Module, args: Any, output: Any, thing: Unit = thing) -> None:
+            made[thing] = entry_bytes(_tensors(output), dtype)
+
+        handles.append(thing.first.register_forward_pre_hook(note_input, with_kwargs=True))
+        handles.append(thing.last.register_forward_hook(note_output))
+    try:
         forward()
-    own = {thing: entry_bytes(_tensors(inputs[thing][0]), dtype) for thing in watched}
-    made = {thing: entry_bytes(_tensors(outputs[thing][0]), dtype) for thing in watched}
+    finally:
+        for handle in handles:
+            handle.remove()
     sizes = []
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
         units = sum(own[unit] + made[unit] for unit in segment.units)

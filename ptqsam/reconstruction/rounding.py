@@ -44,9 +44,7 @@ class _SoftWeight(torch.autograd.Function):
     """`(low + h * free) * scale` with the gradient of alpha."""
 
     @staticmethod
-    def forward(
-        ctx: Any, alpha: Tensor, h: Tensor, slope: Tensor, low: Tensor, free: Tensor, scale: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, alpha: Tensor, h: Tensor, slope: Tensor, low: Tensor, free: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(slope, free, scale)
         return torch.addcmul(low, h, free).mul_(scale)
 
@@ -126,21 +124,20 @@ class SoftRounding(nn.Module):
             'nearest_up': up,
         }.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._known: tuple[Tensor, int, Tensor, Tensor] | None = None
+        # what `soft` computed, for the regulariser of the same iteration: alpha, its version, `h` and slope
+        self._known: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def _rectified(self) -> tuple[Tensor, Tensor]:
-        """`h` and its slope; the weight and the regulariser of an iteration share them."""
-        alpha = self.alpha
-        if self._known is not None and self._known[0] is alpha and self._known[1] == alpha._version:
-            return self._known[2:]
-        sigmoid = alpha.detach().sigmoid()
+        """`h` and its slope."""
+        sigmoid = self.alpha.detach().sigmoid()
         slope = _slope(sigmoid)
-        self._known = alpha, alpha._version, _rectify(sigmoid), slope
-        return self._known[2:]
+        return _rectify(sigmoid), slope
 
     def soft(self) -> Tensor:
         """Weight with the gradient of alpha, equation 22: `(clamp(floor(w / s) + h + z, qmin, qmax) - z) * s`."""
-        return _SoftWeight.apply(self.alpha, *self._rectified(), self.low, self.free, self.scale)
+        known = self._rectified()
+        self._known = self.alpha, self.alpha._version, known
+        return _SoftWeight.apply(self.alpha, *known, self.low, self.free, self.scale)
 
     @torch.no_grad()
     def hard(self) -> Tensor:
@@ -156,7 +153,10 @@ class SoftRounding(nn.Module):
         Returns:
             `sum(1 - |2 h - 1|^exponent)` over all weights, 0-dim; zero when every `h` is 0 or 1.
         """
-        return _Regulariser.apply(self.alpha, *self._rectified(), exponent)
+        known, self._known = self._known, None
+        if known is None or known[0] is not self.alpha or known[1] != self.alpha._version:
+            return _Regulariser.apply(self.alpha, *self._rectified(), exponent)
+        return _Regulariser.apply(self.alpha, *known[2], exponent)
 
     @torch.no_grad()
     def unsettled(self) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from ptqsam.errors import ConfigError, GateError
+from ptqsam.errors import ConfigError
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.units import Segment, Unit
 
@@ -136,9 +136,10 @@ class Stream:
         arguments = Arguments.of(calls[0])
         for tensor in arguments.tensors:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise GateError(
-                    f'reconstruction: the input of {following.name} is NaN or infinite; check the checkpoint and the '
-                    'images (a model whose blocks depend on more than the block before cannot be streamed)'
+                raise ConfigError(
+                    f'reconstruction: the input of {following.name} is NaN or infinite: either the checkpoint or an '
+                    'image is damaged, or it depends on more than the block before and cannot be reconstructed; leave '
+                    'it in floating point then (enabled: false)'
                 )
         return arguments
 

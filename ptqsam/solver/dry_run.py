@@ -21,7 +21,8 @@ from ptqsam.estimate import Work, measure_machine, measure_work, memory_in_use, 
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report.summary import align, rule_table
 from ptqsam.solver.calibrate import draw_images
-from ptqsam.solver.loop import RunOptions, build_dataset, image_names
+from ptqsam.solver.datasets import build_dataset, image_names
+from ptqsam.solver.loop import RunOptions
 from ptqsam.solver.prepare import act_quantizers, quantize_model
 from ptqsam.solver.reconstruct import check_reconstruction
 from ptqsam.solver.reconstruction_plan import (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
-from mmengine.registry import DATASETS, LOOPS
+from mmengine.registry import LOOPS
 from mmengine.runner import Runner, TestLoop
 
 from ptqsam import __version__
@@ -29,13 +29,14 @@ from ptqsam.checkpoint import (
 from ptqsam.config import parse_quant_config
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
-from ptqsam.fileio import fingerprint, sha256_file, write_json
+from ptqsam.fileio import fingerprint, write_json
 from ptqsam.progress import progress
 from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import Gallery, plot_outcomes, plot_quantization_errors, write_outcomes, write_summary
-from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, draw_images
+from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights
 from ptqsam.solver.compat import apply_compat, report_gate
+from ptqsam.solver.datasets import build_calib_loader, build_dataset, data_identity, image_names
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.reconstruct import ReconstructionStage, check_reconstruction
@@ -43,7 +44,15 @@ from ptqsam.solver.rules import RuleBook
 
 # images on which the error of the activation quantizers is measured
 ERROR_IMAGES = 2
-RESULT_FILES = ('result.json', 'summary.csv', 'sqnr.png', 'reconstruction.csv', 'reconstruction.png')
+RESULT_FILES = (
+    'result.json',
+    'summary.csv',
+    'sqnr.png',
+    'reconstruction.csv',
+    'reconstruction.png',
+    'big.json',
+    'big.png',
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ class PTQLoop(TestLoop):
         self.outcomes: dict[str, Outcome] = {}
         show_dir = self.options.show_dir
         self.gallery = Gallery(Path(show_dir), self.dataloader.dataset) if show_dir else None
+        check_reconstruction(self.recipe)
         for part in self.recipe.hooks:
             runner.register_hook(build_part(SOLVER_HOOKS, part.type, **part.kwargs()))
 
@@ -209,7 +219,9 @@ class PTQLoop(TestLoop):
         if options.load:
             ready = Path(options.load)
         else:
-            self.calib_loader = self.build_calib_loader()
+            self.calib_loader = build_calib_loader(
+                self.calib_dataset, self.recipe, self.evaluated_split, self.dataloader.num_workers, self.runner.logger
+            )
             origin = self.origin()
             ready = self.find_resumable(origin)
         if is_main_process():
@@ -230,7 +242,6 @@ class PTQLoop(TestLoop):
         if ready is None:
             quantize_model(self.target, self.rules)
             apply_compat(self.target, self.recipe.compat)
-            check_reconstruction(self.recipe)
             return
         manifest, self.rules = load_packed(ready, self.target)
         self.check_same(ready, manifest)
@@ -249,27 +260,6 @@ class PTQLoop(TestLoop):
             raise AssetError(
                 f'{folder}: made from other weights than {self.target.checkpoint}; leave out --eval-fp, or name those'
             )
-
-    def build_calib_loader(self) -> Any:
-        """Loader of the drawn calibration images, one per batch."""
-        calibration = self.recipe.calibration
-        dataset = build_dataset(self.calib_dataset)
-        names = image_names(dataset)
-        if shared := set(names) & set(self.evaluated_split):
-            self.runner.logger.warning(
-                f'calibration: {len(shared)} of {len(names)} images are evaluated as well; they are left out'
-            )
-        first = self.recipe.compat.first_images
-        drawn = draw_images(names, self.evaluated_split, calibration.num_images, calibration.seed, first)
-        dataset.get_subset_(drawn)
-        loader = dict(
-            dataset=dataset,
-            batch_size=1,
-            num_workers=self.dataloader.num_workers,
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            collate_fn=dict(type='pseudo_collate'),
-        )
-        return Runner.build_dataloader(loader)
 
     def origin(self) -> dict[str, Any]:
         """What a quantized model depends on; a resumed run must agree in all of it."""
@@ -407,25 +397,6 @@ class PTQLoop(TestLoop):
             write_json(self.work_dir / 'result.json', self.result)
             write_summary(self.work_dir / 'summary.csv', self.rules.enabled, self.errors)
             plot_quantization_errors(self.work_dir / 'sqnr.png', self.rules.enabled, self.errors)
-
-
-def build_dataset(config: dict[str, Any]) -> Any:
-    """Build a dataset and read its annotations."""
-    dataset = DATASETS.build(config)
-    dataset.full_init()
-    return dataset
-
-
-def image_names(dataset: Any) -> list[str]:
-    """File names of a dataset's images, in order; COCO's are unique over its splits."""
-    return [Path(dataset.get_data_info(index)['img_path']).name for index in range(len(dataset))]
-
-
-def data_identity(dataset: Any, config: Any) -> str:
-    """Name of the images that a dataset holds, their annotations, and how they are prepared."""
-    files = [Path(dataset.get_data_info(index)['img_path']) for index in range(len(dataset))]
-    sizes = [[file.name, file.stat().st_size if file.is_file() else None] for file in files]
-    return fingerprint([sizes, sha256_file(dataset.ann_file), config])
 
 
 def megabytes(size: int) -> float:

@@ -65,6 +65,8 @@ class ReconstructionStage:
         Raises:
             ConfigError: it was made under other conditions.
         """
+        for unfinished in self.folder.glob('.*.safetensors'):  # a kill interrupted its writing
+            unfinished.unlink()
         path = self.folder / CALIBRATED
         try:
             with safe_open(path, 'pt') as file:
@@ -98,10 +100,8 @@ class ReconstructionStage:
             The engine, with outcomes and errors of weights.
 
         Raises:
-            ConfigError: no prompts, several processes, or no room for activations.
+            ConfigError: no prompts, or no room for activations.
         """
-        if get_world_size() > 1:
-            raise ConfigError('reconstruction: runs in one process so far; leave out --launcher')
         assert self.recipe.reconstruction is not None
         settings = self.recipe.reconstruction.cache
         samples = draw_samples(model, batches, self.recipe)
@@ -125,10 +125,13 @@ def check_reconstruction(recipe: QuantConfig) -> None:
         recipe: checked recipe, with or without `reconstruction`.
 
     Raises:
-        ConfigError: the loss cannot be built.
+        ConfigError: the loss cannot be built, or there are several processes.
     """
-    if recipe.reconstruction is not None:
-        make_loss(recipe.reconstruction, recipe.compat)
+    if recipe.reconstruction is None:
+        return
+    make_loss(recipe.reconstruction, recipe.compat)
+    if get_world_size() > 1:
+        raise ConfigError('reconstruction: runs in one process so far; leave out --launcher')
 
 
 def draw_samples(model: Any, batches: Iterable[Any], recipe: QuantConfig) -> list[Sample]:

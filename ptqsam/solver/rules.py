@@ -48,7 +48,7 @@ class Choice:
         bits: bit width.
         quantizer: quantizer to build.
         observer: observer to build.
-        rule: the last rule that matched, for the summary.
+        rule: the last rule that matched, or the one that left the place out; for the summary.
     """
 
     point: Point
@@ -100,12 +100,14 @@ class RuleBook:
             quantizer=Part(type='Uniform'),
             observer=defaults.weight if point.kind == 'weight' else defaults.act,
         )
-        winner = ''
+        winner = switch = ''
         for index, rule in enumerate(self.rules):
             if matches(rule, point):
                 settings |= {k: v for k in settings if (v := getattr(rule, k)) is not None}
                 winner = self._name(index)
-        choice = Choice(point=point, rule=winner, **settings)
+                switch = winner if rule.enabled is not None else switch
+        # of a place that is left out, the rule that says so counts, not a later one about bits
+        choice = Choice(point=point, rule=winner if settings['enabled'] else switch, **settings)
         self.choices.append(choice)
         return choice
 

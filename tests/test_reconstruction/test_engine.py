@@ -36,10 +36,12 @@ def finished(tmp_path_factory):
     return model, samples, recipe, engine, before
 
 
-@pytest.mark.parametrize(('arch', 'level'), [('vit', 'layer'), ('vit', 'stage'), ('tiny_vit', 'module'), ('tiny_vit', 'block')])
+@pytest.mark.parametrize(
+    ('arch', 'level'), [('vit', 'layer'), ('vit', 'stage'), ('tiny_vit', 'module'), ('tiny_vit', 'block')]
+)
 @pytest.mark.parametrize('options', [dict(tokens_per_step=16), dict(preset='paper', tokens_per_step=None, iters=2)])
 def test_every_level_on_every_encoder(arch, level, options, tmp_path):
-    """Images with different numbers of boxes and one without, whole images and parts: all weights end on their grids."""
+    """Images with different numbers of boxes and one without, whole or in part: all weights end on their grids."""
     recipe = make_recipe(unit=level, **{'iters': 2, **options})
     model, samples = calibrated_model(arch, recipe)
     engine = make_engine(model, samples, recipe, tmp_path / 'w')
@@ -125,9 +127,7 @@ def test_hooks_around_units_and_iterations(tmp_path):
     recipe = make_recipe(unit='block')
     model, samples = calibrated_model('vit', recipe)
     hook = Noting()
-    engine = make_engine(
-        model, samples, recipe, tmp_path / 'w', lambda name, **args: getattr(hook, name)(None, **args)
-    )
+    engine = make_engine(model, samples, recipe, tmp_path / 'w', lambda name, **args: getattr(hook, name)(None, **args))
     engine.run()
     assert hook.calls == [(when, unit) for unit in engine.outcomes for when in ('before', 1, 2, 3, 4, 'after')]
 
@@ -144,7 +144,9 @@ def test_same_unit_same_result_whatever_came_before(finished, tmp_path):
         again, samples = calibrated_model('vit', recipe)
         called = []
         torch.manual_seed(number)
-        make_engine(again, samples, recipe, folder, lambda name, unit, called=called, **_: called.append(unit.name)).run()
+        make_engine(
+            again, samples, recipe, folder, lambda name, unit, called=called, **_: called.append(unit.name)
+        ).run()
         assert set(called) == {list(engine.outcomes)[number]}
         assert differing(state(again), state(model)) == []
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,9 +73,8 @@ class Problem:
     @torch.no_grad()
     def errors(self, unit: Unit) -> list[float]:
         """Mean squared error on the calibration and on the evaluation inputs."""
-        return [
-            (unit(quant) - self.block(fp)).square().mean().item() for quant, fp in map(self.inputs, ('cal', 'eval'))
-        ]
+        pairs = [self.inputs(split) for split in ('cal', 'eval')]
+        return [(unit(quant) - self.block(plain)).square().mean().item() for quant, plain in pairs]
 
 
 def reconstruct(problem: Problem, settings: Reconstruction, seed: int) -> Unit:
@@ -84,7 +84,10 @@ def reconstruct(problem: Problem, settings: Reconstruction, seed: int) -> Unit:
         quantizer.mode = 'quantize' if settings.activations else 'off'
     Optimiser(unit, problem.data(), settings, Compat(), seed).run(lambda step, loss: None)
     for quantizer in unit.act_quantizers:
+        # dropping puts float values in, which would flatter the error
+        assert quantizer.drop_prob == 1
         quantizer.mode = 'quantize'
+    assert all(op.frozen for op in unit.ops.values())
     return unit
 
 
@@ -94,16 +97,11 @@ def make_settings(problem: Problem, preset: str, **changes: object) -> Reconstru
     return Reconstruction.model_validate({'preset': preset, 'tokens_per_step': rows, **changes})
 
 
-def mean_error(problem: Problem, settings: Reconstruction) -> float:
-    """Error on the evaluation inputs, mean over seeds."""
-    return sum(problem.errors(reconstruct(problem, settings, seed))[1] for seed in range(SEEDS)) / SEEDS
-
-
-def check_quality(problem: Problem, name: str, settings: Reconstruction) -> None:
-    """Assert that the error is not worse than a published one, with the tolerance of that."""
+def check_quality(problem: Problem, name: str, settings: Reconstruction, seeds: int = SEEDS) -> None:
+    """Assert that the error on the evaluation inputs is not worse than a published one, on the mean over seeds."""
     published, rtol = problem.case.outputs[name], problem.case.tolerance[name]['rtol']
-    ours = mean_error(problem, settings)
-    assert ours <= published[:, 1].mean() * (1 + rtol), (ours, published)
+    ours = np.array([problem.errors(reconstruct(problem, settings, seed)) for seed in range(seeds)])
+    assert ours[:, 1].mean() <= published[:, 1].mean() * (1 + rtol), (ours, published)
 
 
 @pytest.mark.parametrize('entry', golden.cases('12_qdrop'))
@@ -126,11 +124,11 @@ def test_few_iterations(entry):
     check_quality(problem, 'mse_qdrop_500', make_settings(problem, 'paper', iters=500))
 
 
-# one of the three cases, the one whose inputs are quantized: it takes fifteen seconds
+# one case and two seeds: a run takes five seconds
 @pytest.mark.parametrize('entry', golden.cases('12_qdrop_1'))
 def test_many_iterations(entry):
     problem = Problem(golden.Case(entry))
-    check_quality(problem, 'mse_qdrop_3000', make_settings(problem, 'paper', iters=3000))
+    check_quality(problem, 'mse_qdrop_3000', make_settings(problem, 'paper', iters=3000), seeds=2)
 
 
 @pytest.mark.parametrize('entry', golden.cases('12_qdrop_1'))

@@ -1,9 +1,12 @@
 """Killed at any moment and resumed, a run ends with the same packed model, byte for byte."""
 
+import json
 import signal
 import subprocess
+import sys
 
 import pytest
+from safetensors import safe_open
 
 from ptqsam.cli import main
 from tests.tiny import tool_command
@@ -13,53 +16,77 @@ _base_: {base}
 rules: [{{match: '*', quantizer: {{type: LSQ}}}}, {{match: '*.weight', quantizer: {{type: Uniform}}}}]
 reconstruction: {{iters: 4, unit: block, max_boxes: 2, tokens_per_step: 64}}
 """
-# part of the pipeline, not of the recipe, which the resumed run has to agree with
-KILLER = """
+# moment -> units that are finished when the process dies
+MOMENTS = {'after the first commit': 1, 'in an iteration': 3, 'in a commit': 3, 'when calibrated': 0}
+# one process that imports everything once, with a whole run; the others are forks of it
+RUNS = """
+import json
 import os
 import signal
+import sys
 from pathlib import Path
 
-import ptqsam.reconstruction.engine as engine
-import ptqsam.solver.reconstruct as stage
-from ptqsam.reconstruction.engine import Reconstructor
+from ptqsam.torchvision_compat import ensure_torchvision
 
-WHEN = os.environ['KILL']
-commit, after_iteration, save_file = Reconstructor.commit, Reconstructor.after_iteration, engine.save_file
-written = []
+ensure_torchvision()
+import ptqsam.reconstruction.engine as engine
+from ptqsam.cli import main
+from ptqsam.reconstruction.engine import Reconstructor
+from ptqsam.solver.reconstruct import ReconstructionStage
 
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_after_commit(self, unit, outcome):
-    commit(self, unit, outcome)
-    if self.numbers[unit] == 0:
-        kill()
+def plant(moment):
+    commit, after_iteration, save_file = Reconstructor.commit, Reconstructor.after_iteration, engine.save_file
+
+    def kill_after_commit(self, unit, outcome):
+        commit(self, unit, outcome)
+        if self.numbers[unit] == 0:
+            kill()
+
+    def kill_in_iteration(self, unit, step, loss):
+        after_iteration(self, unit, step, loss)
+        if (self.numbers[unit], step) == (3, 3):
+            kill()
+
+    def kill_in_commit(tensors, path, facts):
+        save_file(tensors, path, facts)
+        if Path(path).name.startswith('.003'):
+            Path(path).write_bytes(Path(path).read_bytes()[:1000])
+            kill()
+
+    if moment == 'after the first commit':
+        Reconstructor.commit = kill_after_commit
+    elif moment == 'in an iteration':
+        Reconstructor.after_iteration = kill_in_iteration
+    elif moment == 'in a commit':
+        engine.save_file = kill_in_commit
+    elif moment == 'when calibrated':
+        ReconstructionStage.run = lambda *args: kill()
 
 
-def kill_in_iteration(self, unit, step, loss):
-    after_iteration(self, unit, step, loss)
-    if (self.numbers[unit], step) == (3, 3):
-        kill()
+def run(moment, folder, *options):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    log = os.open(f'{folder}-{bool(options)}.log', os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1), os.dup2(log, 2)
+    plant(moment)
+    code = main([*sys.argv[1:3], '--work-dir', str(folder), *options])
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def kill_while_writing(tensors, path, *args):
-    written.append(path)
-    save_file(tensors, path, *args)
-    if len(written) == (4 if WHEN == 'commit' else 1):
-        Path(path).write_bytes(Path(path).read_bytes()[:1000])
-        kill()
-
-
-if WHEN == 'after the first commit':
-    Reconstructor.commit = kill_after_commit
-elif WHEN == 'in an iteration':
-    Reconstructor.after_iteration = kill_in_iteration
-elif WHEN == 'commit':
-    engine.save_file = kill_while_writing
-else:
-    stage.save_file = kill_while_writing
+assert main([*sys.argv[1:3], '--work-dir', 'never']) == 0
+statuses = {}
+for moment in sys.argv[3:]:
+    killed = run(moment, moment)
+    files = sorted(path.name for path in Path(moment).rglob('*.safetensors') if not path.name.startswith('.'))
+    statuses[moment] = [killed, files, run('never', moment, '--resume')]
+print(json.dumps(statuses))
 """
 
 
@@ -71,67 +98,61 @@ def recipe(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(tiny, recipe, tmp_path_factory):
-    """Work dir of a run that nothing happened to."""
-    work_dir = tmp_path_factory.mktemp('whole')
-    assert main([str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(work_dir)]) == 0
-    return work_dir
+def runs(tiny, recipe, tmp_path_factory):
+    """Folder with a work dir per moment, and for each how the killed run ended, what it left, how the resumed ended."""
+    folder = tmp_path_factory.mktemp('runs')
+    command = tool_command()
+    command['args'] = [sys.executable, '-c', RUNS, str(tiny / 'tiny.py'), str(recipe), *MOMENTS]
+    done = subprocess.run(**command, cwd=folder, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, json.loads(done.stdout.strip().split('\n')[-1])
 
 
-def packed(work_dir):
-    return (work_dir / 'packed/model.safetensors').read_bytes()
+def content(path):
+    """Tensors and facts of a file; their order in it is random."""
+    with safe_open(path, 'np') as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-@pytest.mark.parametrize(
-    ('moment', 'committed'),
-    [('after the first commit', 1), ('in an iteration', 3), ('commit', 3), ('calibrated', 0)],
-)
-def test_killed_and_resumed(moment, committed, tiny, recipe, uninterrupted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv('KILL', moment)
-    (tmp_path / 'killer.py').write_text(KILLER)
-    imports = ['projects.instance_segment_anything', 'killer']
-    (tmp_path / 'tiny.py').write_text(f"_base_ = '{tiny / 'tiny.py'}'\ncustom_imports = dict(imports={imports})\n")
-    work_dir = tmp_path / 'w'
-    command = tool_command(tmp_path / 'tiny.py', recipe, '--work-dir', work_dir)
-    command['env']['PYTHONPATH'] += f':{tmp_path}'
-    done = subprocess.run(**command, cwd=tmp_path, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert len(list((work_dir / 'reconstruction').glob('0*.safetensors'))) == committed
-    assert not (work_dir / 'packed').exists()
-    assert main([str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(work_dir), '--resume']) == 0
-    assert packed(work_dir) == packed(uninterrupted)
-    files = [path.name for path in sorted((uninterrupted / 'reconstruction').glob('0*.safetensors'))]
-    for name in files:
-        ours, theirs = (folder / 'reconstruction' / name for folder in (work_dir, uninterrupted))
-        assert ours.read_bytes() == theirs.read_bytes(), name
-    assert (work_dir / 'reconstruction.csv').read_text() == (uninterrupted / 'reconstruction.csv').read_text()
-    if committed:
-        assert 'search ranges' not in capsys.readouterr().err, 'it calibrated again'
+@pytest.mark.parametrize('moment', MOMENTS)
+def test_killed_and_resumed(moment, runs):
+    folder, statuses = runs
+    killed, files, resumed = statuses[moment]
+    log = (folder / f'{moment}-True.log').read_text()
+    assert killed == signal.SIGKILL and resumed == 0, log[-2000:]
+    assert files == [*(f'{number:03d}.safetensors' for number in range(MOMENTS[moment])), 'calibrated.safetensors']
+    assert 'search ranges' not in log, 'it calibrated again'
+    whole, again = folder / 'never', folder / moment
+    names = {path.name for path in (whole / 'reconstruction').iterdir()}
+    for name in names:
+        assert content(again / 'reconstruction' / name) == content(whole / 'reconstruction' / name), name
+    assert (again / 'packed/model.safetensors').read_bytes() == (whole / 'packed/model.safetensors').read_bytes()
+    for name in ('reconstruction.csv', 'summary.csv'):
+        assert (again / name).read_text() == (whole / name).read_text()
 
 
-@pytest.mark.parametrize('options', [['bits.act=7'], ['reconstruction.iters=5'], ['calibration.seed=3']])
-def test_another_recipe_is_refused_in_one_line(options, tiny, recipe, uninterrupted, tmp_path, capsys):
-    """Interrupted before packing: what is there is the calibrated model and some units."""
-    work_dir = tmp_path / 'w'
-    (work_dir / 'reconstruction').mkdir(parents=True)
+@pytest.mark.parametrize('option', ['bits.act=7', 'reconstruction.iters=5', 'calibration.seed=3'])
+def test_another_recipe_is_refused_in_one_line(option, tiny, recipe, runs, tmp_path, capsys):
+    """Interrupted before packing: what is there is the calibrated model and a unit."""
+    folder = tmp_path / 'w/reconstruction'
+    folder.mkdir(parents=True)
     for name in ('calibrated.safetensors', '000.safetensors'):
-        (work_dir / 'reconstruction' / name).write_bytes((uninterrupted / 'reconstruction' / name).read_bytes())
-    command = [str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(work_dir), '--quant-options', *options]
+        (folder / name).write_bytes((runs[0] / 'never/reconstruction' / name).read_bytes())
+    command = [str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(folder.parent), '--quant-options', option]
     assert main([*command, '--resume']) == 2
     error = capsys.readouterr().err.strip().split('\n')[-1]
     assert error.startswith('error: --resume: ') and 'differs from this run in recipe' in error
     assert '--work-dir' in error
 
 
-def test_without_resume_nothing_old_is_used(tiny, recipe, uninterrupted, tmp_path):
-    """Files of a recipe with more units lie in the way; another seed gives another result."""
-    work_dir = tmp_path / 'w'
-    folder = work_dir / 'reconstruction'
+def test_without_resume_nothing_old_is_used(tiny, recipe, runs, tmp_path):
+    """Finished units lie in the way, and those of a run with more units."""
+    folder = tmp_path / 'w/reconstruction'
     folder.mkdir(parents=True)
-    for path in (uninterrupted / 'reconstruction').iterdir():
+    for path in (runs[0] / 'never/reconstruction').iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / '099.safetensors').write_bytes(b'')
-    command = [str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(work_dir), '--seed', '3']
-    assert main(command) == 0
-    assert packed(work_dir) != packed(uninterrupted)
+    assert main([str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(folder.parent), '--seed', '3']) == 0
     assert not (folder / '099.safetensors').exists()
+    ours, theirs = (work_dir / 'packed/model.safetensors' for work_dir in (folder.parent, runs[0] / 'never'))
+    assert ours.read_bytes() != theirs.read_bytes()

@@ -182,14 +182,13 @@ def test_crops_of_convolutions(layers, height, width, tokens, seed):
     assert count > 0
 
 
-@given(st.integers(0, 2**31))
-def test_crops_reach_every_position(seed):
+def test_crops_reach_every_position():
     """Borders and corners count where the crop lies at the border of the image."""
     model, image = Net([(3, 2, 1)]).requires_grad_(False), torch.randn(1, 2, 16, 16)
     ((segment,),) = find_segments(model, 'module', [lambda: model(image)])
-    rng, seen = np.random.default_rng(seed), torch.zeros(8, 8, dtype=torch.bool)
+    rng, seen = np.random.default_rng(0), torch.zeros(8, 8, dtype=torch.bool)
     places = torch.arange(64).view(1, 1, 8, 8)
-    for _ in range(300):
+    for _ in range(500):
         draw = draw_positions(segment.units[0], [image.shape], 36, rng)
         chosen = draw.inputs((image,))
         (where,) = draw.outputs((places,))

@@ -88,7 +88,9 @@ def test_order_of_execution_is_not_that_of_registration():
     assert names[start : start + 3] == [f'{block}.attn', f'{block}.local_conv', f'{block}.mlp']
     registered = [name for name, _ in quantized('mobile', None).get_submodule(block).named_children()]
     assert registered.index('mlp') < registered.index('local_conv'), 'the test tests nothing'
-    layers = [unit.name for unit in units(found('mobile', 'layer')) if unit.name.startswith('mask_decoder.transformer.l')]
+    layers = [
+        unit.name for unit in units(found('mobile', 'layer')) if unit.name.startswith('mask_decoder.transformer.l')
+    ]
     attention = 'mask_decoder.transformer.layers.0.cross_attn_token_to_image'
     start = layers.index(f'{attention}.q_proj')
     assert layers[start : start + 5] == [

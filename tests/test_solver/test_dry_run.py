@@ -10,13 +10,18 @@ from projects.instance_segment_anything import SegmentAnything
 from ptqsam.checkpoint import save_packed, structure
 from ptqsam.cli import load_model_config, main
 from ptqsam.config import load_quant_config, parse_quant_config
-from ptqsam.errors import AssetError
+from ptqsam.errors import AssetError, ConfigError
 from ptqsam.estimate import Machine, Work, measure_machine, measure_work, packed_bytes
+from ptqsam.reconstruction.cache import ActivationCache
+from ptqsam.reconstruction.engine import Sample
+from ptqsam.reconstruction.footprint import Step, iteration_steps
+from ptqsam.reconstruction.optimise import ERROR_IMAGES
 from ptqsam.solver.calibrate import calibrate_weights
+from ptqsam.solver.datasets import build_dataset
 from ptqsam.solver.dry_run import Images, box_count, copies_counted, describe_run, duration
 from ptqsam.solver.freeze import freeze
-from ptqsam.solver.loop import build_dataset
 from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
+from ptqsam.solver.reconstruction_plan import QUANTIZED_COST, STREAM_PASSES, Plan, show
 from ptqsam.solver.rules import RuleBook
 
 
@@ -59,6 +64,140 @@ def test_a_recipe_that_cannot_work_is_an_error(tiny, capsys):
     command = [str(tiny / 'tiny.py'), str(tiny / 'recipe.yaml'), '--dry-run', '--quant-options', rules]
     assert main(command) == 2
     assert capsys.readouterr().err.startswith('error: ')
+
+
+def described(folder, capsys, *quant_options):
+    """Rows and lines of the dry run of a reconstruction, through the command line."""
+    recipe = folder / 'reconstructed.yaml'
+    recipe.write_text('_base_: recipe.yaml\nreconstruction: {preset: fast, iters: 7, tokens_per_step: 64}\n')
+    options = ['--quant-options', *quant_options] if quant_options else []
+    assert main([str(folder / 'tiny.py'), str(recipe), '--dry-run', *options]) == 0
+    lines = capsys.readouterr().out.split('\n')
+    return {line.split()[0]: line.split() for line in lines if line.endswith(' GB')}, lines
+
+
+def test_a_reconstruction_is_described(tiny, capsys):
+    rows, lines = described(tiny, capsys)
+    # 2 blocks of attention and MLP, neck, 2 decoder layers of 4, the last attention
+    title = 'reconstruct  14 units (unit=module), 7 iterations each, 98 in total; preset fast'
+    assert title in lines
+    settings = ' '.join(lines[lines.index(title) : lines.index(title) + 5])
+    for words in (
+        'drop_prob=0.5',
+        'tokens_per_step=64',
+        'loss=SquaredError',
+        'activations=true',
+        'b_range=(20.0, 2.0)',
+    ):
+        assert words in settings
+    assert list(rows) == ['calibrate', 'reconstruct', 'evaluate']
+    assert rows['reconstruct'][1] == '2' and int(rows['reconstruct'][2]) <= int(rows['calibrate'][2])
+    (cache,) = [line for line in lines if 'activation cache' in line]
+    assert cache.endswith('(auto)') and 'float32' in cache and 'at most' in cache
+    assert not any(line.startswith('missing') for line in lines)
+
+
+def test_options_of_a_reconstruction_are_described(tiny, capsys):
+    words = ['unit=block', 'preset=paper', 'cache.store=disk', 'tokens_per_step=None', 'max_boxes=1']
+    rows, lines = described(tiny, capsys, *(f'reconstruction.{word}' for word in words), 'compat.soft_weights=True')
+    assert any('6 units (unit=block), 7 iterations each, 42 in total; preset paper' in line for line in lines)
+    assert any('tokens_per_step=all' in line for line in lines)
+    assert any(line.endswith('float32, store disk') for line in lines)
+    assert rows['reconstruct'][2] == '2', 'one box of each image'
+    assert 'compat  soft_weights: published defects; no packed checkpoint is written' in lines
+
+
+def test_no_reconstruction_is_not_described(tiny):
+    assert 'reconstruct' not in describe(tiny) and 'compat' not in describe(tiny)
+
+
+def test_no_room_for_activations_is_a_line(tiny, capsys, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise ConfigError('no room for an activation cache; set reconstruction.cache.store')
+
+    monkeypatch.setattr('ptqsam.solver.reconstruction_plan.choose_store', no_room)
+    rows, lines = described(tiny, capsys)
+    assert 'missing: reconstruction: no room for an activation cache; set reconstruction.cache.store' in lines
+    assert any(line.endswith('store nowhere (auto)') for line in lines) and 'reconstruct' in rows
+
+
+def test_images_without_boxes_are_a_line(tiny, capsys, monkeypatch):
+    monkeypatch.setattr('ptqsam.solver.dry_run.known_counts', lambda model, images: [0, 0])
+    rows, lines = described(tiny, capsys)
+    assert any(line.startswith('missing: reconstruction: none of the calibration images has') for line in lines)
+    assert 'reconstruct' in rows
+
+
+def test_settings_are_shown_as_recipes_have_them():
+    assert [show(value) for value in (True, None, 0.5, 'x')] == ['true', 'all', '0.5', 'x']
+    assert show({'type': 'SquaredError'}) == 'SquaredError'
+    assert 'dim' in show({'type': 'SquaredError', 'dim': 1})
+
+
+def test_the_cache_is_not_larger_than_told(tiny, tmp_path, monkeypatch, capsys):
+    """A real run on the tiny pipeline, beside the estimate of its dry run from meta tensors."""
+    told, live, most = [], [], 0
+
+    class Watched(ActivationCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            live.append(self)
+
+        def append(self, tensors):
+            nonlocal most
+            super().append(tensors)
+            most = max(most, sum(cache.nbytes for cache in live))
+
+    def told_bytes(nbytes, *args, **kwargs):
+        told.append(nbytes)
+        return 'host'
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('ptqsam.solver.reconstruct.ActivationCache', Watched)
+    for module in ('reconstruct', 'reconstruction_plan'):
+        monkeypatch.setattr(f'ptqsam.solver.{module}.choose_store', told_bytes)
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\nreconstruction: {{iters: 1, tokens_per_step: 16}}\n')
+    for options in (['--dry-run'], ['--limit', '1']):
+        assert main([str(tiny / 'tiny.py'), str(recipe), *options]) == 0
+    capsys.readouterr()
+    dry, real = told
+    assert most <= real <= dry <= 3 * most
+
+
+def test_work_of_an_iteration():
+    """Forward and backward pass on the positions of an iteration; inputs need no gradients."""
+    recipe = {'algorithm': 'x', 'bits': {'weight': 4, 'act': 8}, 'reconstruction': {'unit': 'layer'}}
+    settings = parse_quant_config(recipe, 'test').reconstruction
+    with torch.device('meta'):
+        model = torch.nn.Sequential(torch.nn.Linear(100, 10)).requires_grad_(False)
+        quantize_model(model, RuleBook(parse_quant_config(recipe, 'test')))
+        pipeline = SimpleNamespace(encode=lambda image: model(image), decode_logits=lambda embedding, boxes: None)
+        samples = [Sample(torch.empty(2000, 100), torch.empty(3, 4))] * 4
+
+        def step(**changes):
+            (found,) = iteration_steps(pipeline, model, settings.model_copy(update=changes), samples)
+            return found
+
+        one = step(batch_size=1, tokens_per_step=500)
+    assert one.unit == '0' and one.weights == 1000
+    assert one.work.flops == 2 * 2 * 500 * 100 * 10
+    assert step(batch_size=4, tokens_per_step=500).work.flops == one.work.flops, 'positions of all images together'
+    assert step(batch_size=2, tokens_per_step=None).work.flops == 8 * one.work.flops
+    assert step(batch_size=9, tokens_per_step=None).work.flops == 16 * one.work.flops, 'no more images than there are'
+    total = one.total
+    assert total.flops == one.work.flops and total.traffic > 2 * one.work.traffic and total.peak > one.work.peak
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+def test_time_of_a_reconstruction():
+    steps = [Step('a', Work(100, 0, 10), 0), Step('b', Work(300, 0, 20), 0)]
+    plan = Plan(steps, iters=5, images=8, boxes=16, cache=0, store='host', problem='')
+    machine = Machine(flops=100.0, bandwidth=1e9)
+    passes = STREAM_PASSES + 2 * QUANTIZED_COST * ERROR_IMAGES / 8
+    assert plan.seconds(machine, 0, 0) == pytest.approx(5 * 4)
+    assert plan.seconds(machine, encoder=2, box=0.5) == pytest.approx(20 + passes * (8 * 2 + 16 * 0.5))
+    assert plan.peak == steps[1].total.peak
 
 
 @pytest.mark.parametrize('bits', [3, 8])

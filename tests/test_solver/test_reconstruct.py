@@ -27,8 +27,8 @@ reconstruction: {{iters: 4, max_boxes: 2, tokens_per_step: 64{options}}}
 class LookAtUnits(Hook):
     """Keeps what the stages of a run show to a solver hook."""
 
-    calls: list = []  # noqa: RUF012
-    violations: list = []  # noqa: RUF012
+    calls: list = []
+    violations: list = []
 
     def before_unit(self, runner, unit):
         self.calls.append(('before', unit.name))
