@@ -241,7 +241,6 @@ def build_bench(setting: Setting, case: Case) -> Bench:
     assert setting.recipe.reconstruction is not None
     data = UnitData(partial(ActivationCache, 'device', torch.device(setting.device)))
     optimiser = Optimiser(unit, data, setting.recipe.reconstruction, setting.recipe.compat, 0)
-    optimiser.regulariser = setting.recipe.reconstruction.regulariser
     inputs = [torch.randn(shape, device=setting.device) for shape in case.shapes]
     noisy = [tensor + NOISE * torch.randn_like(tensor) for tensor in inputs]
     bench = Bench(plain, optimiser, inputs, case.layout)

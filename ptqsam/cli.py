@@ -27,7 +27,7 @@ from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.errors import ConfigError, PTQSAMError
 from ptqsam.reconstruction.cache import is_out_of_memory
 from ptqsam.report import result_table
-from ptqsam.solver.loop import RESULT_FILES, RunOptions
+from ptqsam.solver.loop import PREPARATION_FILES, RESULT_FILES, RunOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +85,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
     parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except RecursionError:  # mmengine's parser of k=v
+        parser.error('--quant-options or --cfg-options: cannot read a value; put lists of dicts into the file itself')
     if args.limit is not None and args.limit < 1:
         parser.error('--limit must be at least 1')
     return args
@@ -138,7 +141,11 @@ def one_line(error: PTQSAMError) -> str:
 
 def unwrap(message: str) -> str:
     """Message in one line, without the class and file that mmengine's registry puts before it."""
-    return re.sub(r'^(class `\w+` in \S+: )+', '', ' '.join(message.strip('"\'').split()))
+    text = ' '.join(message.split())
+    # KeyError puts its message into quotes; quotes inside stay
+    if len(text) > 1 and text[0] == text[-1] and text[0] in '"\'' and text[0] not in text[1:-1]:
+        text = text[1:-1]
+    return re.sub(r'^(class `\w+` in \S+: )+', '', text)
 
 
 def load_model_config(path: str, overrides: dict[str, Any]) -> Config:
@@ -266,7 +273,7 @@ def build_runner(
 
 def show_result(result: dict[str, Any], show_dir: Path | None) -> None:
     """Print the result table, where the artefacts lie, and the JSON object as the last line."""
-    names = (*RESULT_FILES, 'packed')
+    names = (*RESULT_FILES, *PREPARATION_FILES, 'packed')
     print(f'\n{result_table(result)}\n')
     print(f'{result["images"]} images; in {result["work_dir"]}:', end=' ')
     print(*(name for name in names if (Path(result['work_dir']) / name).exists()), sep=', ')

@@ -238,6 +238,20 @@ class QuantConfig(Schema):
     reconstruction: Reconstruction | None = None
     compat: Compat = Compat()
 
+    @model_validator(mode='after')
+    def switches_have_an_effect(self) -> Self:
+        """Refuse a compat switch that changes nothing, since it would cost the checkpoint."""
+        needs = {
+            'reconstruction': (('keep_drop_prob', 'soft_weights', 'loss_dim1'), self.reconstruction is not None),
+            'the hook BimodalIntegration': (('big_observer',), any(h.type == 'BimodalIntegration' for h in self.hooks)),
+            'a rule with AGQ': (('published_agq',), any(r.quantizer and r.quantizer.type == 'AGQ' for r in self.rules)),
+        }
+        for part, (switches, there) in needs.items():
+            for switch in switches:
+                if getattr(self.compat, switch) and not there:
+                    raise ValueError(f'compat.{switch} has no effect without {part}; leave it out')
+        return self
+
     def plain(self) -> dict[str, Any]:
         """The recipe as plain dicts and lists, for manifests and fingerprints."""
         return self.model_dump(mode='json')
@@ -305,8 +319,10 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key '{key}' ({hint})"
     if problem['type'] == 'missing':
         return f"key '{key}' is missing"
-    message = problem['msg'][0].lower() + problem['msg'][1:]
-    return f"key '{key}': {message}, got {problem['input']!r}"
+    message = problem['msg'].removeprefix('Value error, ')
+    if not key:  # said by the recipe as a whole
+        return message
+    return f"key '{key}': {message[0].lower() + message[1:]}, got {problem['input']!r}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -6,7 +6,7 @@ and a per-tensor grid wastes its middle. Multiplying such channels of k and of q
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from ptqsam.quantizers import Quantizer
 from ptqsam.registry import OBSERVERS, SOLVER_HOOKS, build_part
 from ptqsam.report.densities import plot_densities
 from ptqsam.solver.calibrate import limit_boxes
+from ptqsam.solver.rules import Choice
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
@@ -211,6 +212,18 @@ class BimodalIntegration(Hook):
         )
 
     @torch.no_grad()
+    def check(self, model: nn.Module, choices: Sequence[Choice]) -> None:
+        """Refuse a model without quantized token-to-image attention.
+
+        Args:
+            model: SAM with quant modules.
+            choices: what the rules decided.
+
+        Raises:
+            ConfigError: the recipe quantizes no token-to-image attention.
+        """
+        find_attentions(model, choices)
+
     def before_calibrate(self, runner: 'Runner') -> None:
         """Look at k in the float model, and absorb the signs.
 
@@ -219,7 +232,7 @@ class BimodalIntegration(Hook):
             GateError: no calibration image has a prompt box, or k holds NaN or infinity.
         """
         loop: Any = runner.test_loop
-        attentions = find_attentions(loop)
+        attentions = find_attentions(loop.target, loop.rules.choices)
         found: list[Any] = [None, None]
         if is_main_process():
             # what an earlier run left must not look like the result of this one
@@ -264,14 +277,18 @@ class BimodalIntegration(Hook):
         return signs, dict(images=images, **self.settings, attentions=decisions)
 
 
-def find_attentions(loop: Any) -> dict[str, nn.Module]:
+def find_attentions(model: nn.Module, choices: Sequence[Choice]) -> dict[str, nn.Module]:
     """Quantized token-to-image attentions: path -> module.
+
+    Args:
+        model: SAM with quant modules.
+        choices: what the rules decided.
 
     Raises:
         ConfigError: there are none.
     """
-    paths = [choice.point.path.rpartition('.')[0] for choice in loop.rules.choices if choice.point.role == ROLE]
-    attentions = {path: loop.target.get_submodule(path) for path in paths}
+    paths = [choice.point.path.rpartition('.')[0] for choice in choices if choice.point.role == ROLE]
+    attentions = {path: model.get_submodule(path) for path in paths}
     # an attention in which nothing is quantized is still the float model's own
     attentions = {path: module for path, module in attentions.items() if isinstance(module, QuantDecoderAttention)}
     if not attentions:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqsam.modules.base import Build, PassThrough, QuantModule
+from ptqsam.observers.sampling import on_device
 from ptqsam.quantizers import Quantizer
 from ptqsam.registry import QUANT_MODULES
 
@@ -61,7 +62,7 @@ class QuantEncoderAttention(QuantModule):
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.reshape(3, batch * self.num_heads, height * width, -1).unbind(0)
         if rows is not None:
-            rows = rows.to(x.device)
+            rows = on_device(rows, x.device)
             q = q.index_select(1, rows)
         # the reshape above copied, nobody else reads q, k, v
         q, k, v = self.q(q, inplace=True), self.k(k, inplace=True), self.v(v, inplace=True)
@@ -129,18 +130,34 @@ class QuantEncoderAttention(QuantModule):
         Returns:
             (B * heads, Q, H) and (B * heads, Q, W)
         """
-        from segment_anything.modeling.image_encoder import get_rel_pos
-
         if not self.use_rel_pos:
             return []
-        vertical = get_rel_pos(size[0], size[0], self.rel_pos_h)
-        horizontal = get_rel_pos(size[1], size[1], self.rel_pos_w)
+        vertical, horizontal = position_table(size[0], self.rel_pos_h), position_table(size[1], self.rel_pos_w)
         if rows is not None:
             tables = vertical[rows // size[1]], horizontal[rows % size[1]]
             return [torch.einsum('bqc,qkc->bqk', q, table) for table in tables]
         grid = q.unflatten(1, size)
         scores = torch.einsum('bhwc,hkc->bhwk', grid, vertical), torch.einsum('bhwc,wkc->bhwk', grid, horizontal)
         return [score.flatten(1, 2) for score in scores]
+
+
+def position_table(size: int, embeddings: Tensor) -> Tensor:
+    """Embeddings of the offsets between all positions along an axis, as SAM computes them.
+
+    Args:
+        size: positions.
+        embeddings: (2 * size - 1, head dim), one per offset; others are interpolated.
+
+    Returns:
+        (size, size, head dim)
+    """
+    from segment_anything.modeling.image_encoder import get_rel_pos
+
+    if len(embeddings) != 2 * size - 1:
+        return get_rel_pos(size, size, embeddings)
+    # the same rows, with an index made on the device: the original's comes from the CPU, and a GPU would wait for it
+    place = torch.arange(size, device=embeddings.device)
+    return embeddings[place[:, None] - place[None, :] + size - 1]
 
 
 def attention_map(q: Tensor, k: Tensor, positions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -50,7 +50,7 @@ class QuantTinyViTAttention(QuantModule):
         q, k, v = self.q(q), self.k(k), self.v(v)
         # looked up on every call: a kept table goes stale when weights are loaded later
         bias = self.attention_biases[:, self.attention_bias_idxs]
-        if self.fused and not _is_on(self.softmax):
+        if self.fused and not _is_on(self.softmax) and not torch.is_grad_enabled():
             # the original never forms the attention map here, and neither must a model that is to be bit-equal
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:

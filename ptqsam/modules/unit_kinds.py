@@ -9,7 +9,6 @@ from torch import nn
 from ptqsam.modules.base import QuantModule, qualified_name
 
 Level = Literal['layer', 'module', 'block', 'stage']
-LEVELS: tuple[Level, ...] = ('layer', 'module', 'block', 'stage')
 
 
 @dataclass(frozen=True)
@@ -33,27 +32,17 @@ _SAM = 'segment_anything.modeling'
 _TIMM = 'timm.models.tiny_vit'
 # float classes that are reconstructed as a whole, beside the quant modules (which say so by `positions`)
 _KINDS: dict[str, UnitKind] = {
-    f'{_SAM}.image_encoder.PatchEmbed': UnitKind('block'),
+    f'{_SAM}.image_encoder.PatchEmbed': UnitKind('block', channel_axis=-1),
     f'{_SAM}.image_encoder.Block': UnitKind('block', ends_stage=lambda block: block.window_size == 0),
     f'{_SAM}.transformer.TwoWayAttentionBlock': UnitKind('block'),
     f'{_TIMM}.PatchEmbed': UnitKind('block'),
     f'{_TIMM}.ConvNorm': UnitKind('module', 'crop'),
     f'{_TIMM}.MBConv': UnitKind('module', 'crop'),
     f'{_TIMM}.PatchMerging': UnitKind('module', 'crop'),
-    f'{_TIMM}.TinyVitBlock': UnitKind('block'),
+    f'{_TIMM}.TinyVitBlock': UnitKind('block', channel_axis=-1),
     f'{_TIMM}.ConvLayer': UnitKind('stage', 'crop'),
     f'{_TIMM}.TinyVitStage': UnitKind('stage', channel_axis=1),
 }
-
-
-def declare_unit(name: str, kind: UnitKind) -> None:
-    """Let reconstruction treat a class of float modules as a unit.
-
-    Args:
-        name: qualified class name.
-        kind: what it is.
-    """
-    _KINDS[name] = kind
 
 
 def unit_kind(module: nn.Module) -> UnitKind | None:

@@ -89,6 +89,11 @@ class Reconstructor:
             quantizer.mode = 'off'
         parts = self.find_parts()
         units = [unit for part in parts for segment in part for unit in segment.units]
+        if not units:
+            raise ConfigError(
+                'reconstruction: no weight is quantized, so there is nothing to learn; leave the section out, or '
+                'enable weights with a rule'
+            )
         self.numbers = {unit: number for number, unit in enumerate(units)}
         with progress_bar(len(units) * self.settings.iters, 'reconstruct', 'iteration') as self.bar:
             encoders = [partial(self.model.encode, sample.image) for sample in self.samples]
@@ -146,7 +151,16 @@ class Reconstructor:
         return results
 
     def run_segment(self, segment: Segment, plain: Stream, quantized: Stream) -> tuple[list[Any], list[Any]]:
-        """Reconstruct the units of a segment and bring both streams behind it."""
+        """Reconstruct the units of a segment and bring both streams behind it.
+
+        Args:
+            segment: the current one of both streams.
+            plain: stream of the float model.
+            quantized: stream of the quantized model, everything before the segment hardened.
+
+        Returns:
+            What the forwards return in the float and in the quantized model, per image; empty before the last segment.
+        """
         open_units = [unit for unit in segment.units if not self.restorable(unit)]
         data = {unit: UnitData(self.new_cache) for unit in open_units}
         # no weight of the segment is hard yet: with its quantizers off it is the float model
@@ -163,6 +177,7 @@ class Reconstructor:
                 self.errors[cast(Quantizer, op.weight_quantizer).path] = error_from_sums(
                     error_sums(before[path], op.weight)
                 )
+        torch.manual_seed(self.seed_of(segment))
         return plain_results, quantized.advance(quantized.run)
 
     def switch(self, segment: Segment, on: bool) -> None:
@@ -174,23 +189,39 @@ class Reconstructor:
                 quantizer.mode = 'quantize' if on and self.settings.activations else 'off'
 
     def record(self, stream: Stream, data: dict[Unit, UnitData], index: int) -> Any:
-        """Run a segment of the float model on an image and keep inputs and outputs of its units."""
+        """Run a segment of the float model on an image and keep inputs and outputs of its units.
+
+        Args:
+            stream: of the float model; the segment is its current one, with all quantizers off.
+            data: unit -> activations, to which one entry is added; units that are taken from files are left out.
+            index: number of the image.
+
+        Returns:
+            Output of the segment.
+        """
         with ExitStack() as stack:
             inputs = {unit: stack.enter_context(captured(unit.first)) for unit in data}
             outputs = {unit: stack.enter_context(returned(unit.last)) for unit in data}
             result = stream.run(index)
         for unit, entry in data.items():
-            entry.plain.append(Arguments.of(inputs[unit][0]).tensors)
-            entry.targets.append(tree_leaves(outputs[unit][0]))
+            entry.add_plain(Arguments.of(inputs[unit][0]), tree_leaves(outputs[unit][0]))
         return result
 
     def reconstruct(self, unit: Unit, data: UnitData, stream: Stream) -> None:
-        """Reconstruct a unit and commit it."""
+        """Reconstruct a unit and commit it.
+
+        Args:
+            unit: of the current segment; the units before it are hard.
+            data: its activations in the float model; freed afterwards.
+            stream: of the quantized model.
+        """
         self.bar.set_postfix_str(unit.name)
         self.call_hook('before_unit', unit=unit)
+        seed = self.seed_of(unit)
+        torch.manual_seed(seed)  # with a compat switch the units before this one still drop at random
         for index in range(len(stream.forwards)):
             data.add_quantized(stream.run_until(unit, index))
-        optimiser = Optimiser(unit, data, self.settings, self.recipe.compat, self.unit_seed(unit))
+        optimiser = Optimiser(unit, data, self.settings, self.recipe.compat, seed)
         outcome = optimiser.run(partial(self.after_iteration, unit))
         data.clear()
         self.commit(unit, outcome)
@@ -202,8 +233,8 @@ class Reconstructor:
         self.bar.update()
         self.call_hook('after_unit_iter', unit=unit, step=step, loss=loss)
 
-    def unit_seed(self, unit: Unit) -> int:
-        """Seed of a unit, whatever was reconstructed before it."""
+    def seed_of(self, unit: Unit) -> int:
+        """Seed of a unit or segment, whatever was reconstructed before it."""
         text = f'{self.recipe.calibration.seed}/{unit.name}'
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'little')
 
@@ -226,7 +257,7 @@ class Reconstructor:
             )
 
     def restorable(self, unit: Unit) -> bool:
-        """Whether an earlier run under the same conditions finished a unit."""
+        """Whether an earlier run under the same conditions finished a unit; a damaged file counts as none."""
         path = self.commit_path(unit)
         if not path.is_file():
             return False
@@ -239,7 +270,7 @@ class Reconstructor:
 
     @torch.no_grad()
     def restore(self, unit: Unit) -> None:
-        """Take a finished unit from its file."""
+        """Take weights, quantizers and outcome of a finished unit from its file, as `commit` wrote them."""
         with safe_open(self.commit_path(unit), 'pt') as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = json.loads(file.metadata()['outcome'])

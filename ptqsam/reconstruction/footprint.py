@@ -98,7 +98,13 @@ def _parts(model: Any, target: nn.Module, level: Level, samples: Sequence[Any]) 
 
 
 def _segment_bytes(segments: Sequence[Segment], forward: Any, dtype: torch.dtype) -> list[int]:
-    """Bytes per image while each segment is the current one."""
+    """Bytes that all caches take per image while each segment is the current one.
+
+    Args:
+        segments: of one part of the model, in the order of execution.
+        forward: runs that part, for one image.
+        dtype: of the stored values.
+    """
     own: dict[Any, int] = {}
     made: dict[Any, int] = {}
     handles = []

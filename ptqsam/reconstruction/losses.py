@@ -12,15 +12,10 @@ from ptqsam.registry import RECON_LOSSES
 class SquaredError:
     """Squared error, summed over channels and averaged over everything else. Methods.md 1.5 step 3.
 
-    It has no state: one call per iteration takes all outputs of the unit, and nothing counts calls (D4). The released
-    code sums over axis 1, which is channels only for (B, C, H, W) (D5).
-
-    Args:
-        dim: axis that is summed whatever the layout is, None for the channels. Default None.
+    It has no state: one call per iteration takes all outputs of the unit. The released code counts its calls to know
+    the iteration, and is called once per output (D4); and it sums over axis 1, which is channels only for
+    (B, C, H, W) (D5).
     """
-
-    def __init__(self, dim: int | None = None) -> None:
-        self.dim = dim
 
     def __call__(
         self,
@@ -45,8 +40,7 @@ class SquaredError:
         """
         if valid is not None and len(outputs) != 1:
             raise ValueError(f'valid positions belong to a single output, but there are {len(outputs)}')
-        axes = [axis if self.dim is None else self.dim for axis in channel_axes]
-        terms = [_term(*pair, valid) for pair in zip(outputs, targets, axes, strict=True)]
+        terms = [_term(*pair, valid) for pair in zip(outputs, targets, channel_axes, strict=True)]
         return sum(terms[1:], start=terms[0])
 
 

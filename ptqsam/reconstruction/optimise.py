@@ -42,13 +42,21 @@ class UnitData:
         plain: inputs in the float model.
         targets: outputs in the float model.
         shapes: of the tensors of every input.
+        output_shapes: of the outputs for the first image.
         layout: how the tensors of an input make up the arguments of the unit.
     """
 
     def __init__(self, new_cache: Callable[[], ActivationCache]) -> None:
         self.quantized, self.plain, self.targets = new_cache(), new_cache(), new_cache()
         self.shapes: list[list[torch.Size]] = []
+        self.output_shapes: list[torch.Size] = []
         self.layout: Any = None
+
+    def add_plain(self, arguments: Arguments, outputs: Sequence[Tensor]) -> None:
+        """Add input and outputs of an image in the float model."""
+        self.plain.append(arguments.tensors)
+        self.targets.append(outputs)
+        self.output_shapes = self.output_shapes or [tensor.shape for tensor in outputs]
 
     def add_quantized(self, arguments: Arguments) -> None:
         """Add the input of an image in the quantized model."""
@@ -92,12 +100,16 @@ class Batch:
     valid: Tensor | None
 
 
-def make_loss(settings: Reconstruction, compat: Compat) -> Any:
-    """The reconstruction loss of a recipe."""
-    options = settings.loss.kwargs()
-    if compat.loss_dim1:
-        options['dim'] = 1
-    return build_part(RECON_LOSSES, settings.loss.type, **options)
+def make_loss(settings: Reconstruction) -> Any:
+    """Build the reconstruction loss of a recipe.
+
+    Args:
+        settings: its section.
+
+    Raises:
+        ConfigError: unknown loss, or arguments that it refuses.
+    """
+    return build_part(RECON_LOSSES, settings.loss.type, **settings.loss.kwargs())
 
 
 class Optimiser:
@@ -117,7 +129,8 @@ class Optimiser:
         self.settings = settings
         self.compat = compat
         self.seed = seed
-        self.loss = make_loss(settings, compat)
+        self.loss = make_loss(settings)
+        self.regulariser = settings.regulariser
         self.device = next(iter(unit.ops.values())).weight.device
 
     def run(self, on_iteration: Callable[[int, Tensor], None]) -> Outcome:
@@ -130,7 +143,6 @@ class Optimiser:
             GateError: a hard weight lies off its grid, or the loss is not finite.
         """
         nearest = self.error()
-        self.regulariser = self.settings.regulariser
         if self.settings.relative_regulariser:
             self.regulariser *= nearest / sum(op.weight.numel() for op in self.unit.ops.values())
         devices = [self.device] if self.device.type == 'cuda' else []
@@ -249,14 +261,33 @@ class Optimiser:
                 mix(drop_mask(q, self.settings.drop_prob), q, plain) if q.is_floating_point() else q
                 for q, plain in zip(batch.quantized, batch.plain, strict=True)
             ]
-        return self.compare(inputs, batch.targets, batch.arguments, batch.valid)
+        outputs, targets = self.run_unit(inputs, batch.arguments), batch.targets
+        if self.compat.loss_dim1:
+            # A sum over dimension 1 of all positions is the sum over channels times this ratio. Positions that were
+            # drawn have lost that dimension, so the ratio is what can be reproduced for all of them.
+            ratios = [(shape[1] / shape[self.unit.channel_axis]) ** 0.5 for shape in self.data.output_shapes]
+            outputs = [output * ratio for output, ratio in zip(outputs, ratios, strict=True)]
+            targets = [target * ratio for target, ratio in zip(targets, ratios, strict=True)]
+        return self.compare(outputs, targets, batch.valid)
 
-    def compare(
-        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], arguments: dict[str, Any], valid: Tensor | None
-    ) -> Tensor:
-        """Loss between what the unit makes of inputs and what it should; one call for all of its outputs."""
+    def run_unit(self, inputs: Sequence[Tensor], arguments: dict[str, Any]) -> list[Tensor]:
+        """Outputs of the unit.
+
+        Args:
+            inputs: tensors of its arguments.
+            arguments: further ones, from the draw.
+        """
         args, kwargs = Arguments.restore(inputs, self.data.layout)
-        outputs = tree_leaves(self.unit(*args, **kwargs, **arguments))
+        return tree_leaves(self.unit(*args, **kwargs, **arguments))
+
+    def compare(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], valid: Tensor | None) -> Tensor:
+        """Loss between outputs of the unit and what they should be, one call for all of them.
+
+        Args:
+            outputs: of the quantized unit.
+            targets: of the float unit, same shapes.
+            valid: positions that count, None for all.
+        """
         return self.loss(outputs, targets, [self.unit.channel_axis] * len(outputs), valid)
 
     @torch.no_grad()
@@ -267,7 +298,7 @@ class Optimiser:
         for index in range(count):
             draw = draw_positions(self.unit, self.data.shapes[index], None, np.random.default_rng(0))
             inputs, plain, targets = (cache.get(index, select) for cache, select in self.selections(draw))
-            losses.append(self.compare(inputs, targets, {}, draw.valid(plain)))
+            losses.append(self.compare(self.run_unit(inputs, {}), targets, draw.valid(plain)))
         return float(torch.stack(losses).mean())
 
     def stop_dropping(self) -> None:
@@ -305,7 +336,13 @@ class Optimiser:
 
 
 def reset_drop_prob(unit: Unit, settings: Reconstruction, compat: Compat) -> None:
-    """Let the quantizers of a unit quantize everything; with a compat switch all but those of inputs (defect D1)."""
+    """Let the quantizers of a unit quantize everything; with a compat switch all but those of inputs (defect D1).
+
+    Args:
+        unit: after its reconstruction.
+        settings: give the probability that stays with the switch.
+        compat: with or without `keep_drop_prob`.
+    """
     forgotten = {id(op.input_quantizer) for op in unit.ops.values()} if compat.keep_drop_prob else set()
     for quantizer in unit.act_quantizers:
         kept = settings.activations and id(quantizer) in forgotten
@@ -314,6 +351,10 @@ def reset_drop_prob(unit: Unit, settings: Reconstruction, compat: Compat) -> Non
 
 def check_on_grid(path: str, op: QuantOp) -> None:
     """Refuse a weight that is not made of integer codes.
+
+    Args:
+        path: of the operator, for the message.
+        op: hardened operator.
 
     Raises:
         GateError: with the operator's path.

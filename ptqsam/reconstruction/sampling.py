@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptqsam.observers.sampling import on_device
 from ptqsam.reconstruction.units import Unit
 
 Select = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
@@ -170,6 +171,4 @@ def _take(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
     """Rows of an axis; where all slices along it are one (stride 0), still without copies of that one."""
     if x.stride(dim) == 0:
         return x.narrow(dim, 0, len(rows))
-    # from pinned memory, so that the host does not wait for a GPU
-    index = rows.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else rows
-    return x.index_select(dim, index)
+    return x.index_select(dim, on_device(rows, x.device))

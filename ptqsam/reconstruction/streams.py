@@ -84,13 +84,17 @@ class Stream:
 
     @torch.no_grad()
     def run(self, index: int) -> Any:
-        """Run the current segment on an image."""
+        """Output of the current segment for an image."""
         args, kwargs = Arguments.restore(self.inputs.get(index), self.layout)
         return self.segments[self.position](*args, **kwargs)
 
     @torch.no_grad()
     def run_until(self, unit: Unit, index: int) -> Arguments:
         """Run the current segment on an image as far as a unit.
+
+        Args:
+            unit: of the current segment.
+            index: number of the image.
 
         Returns:
             Arguments of the unit.

@@ -7,7 +7,7 @@ differs from the order of registration (TinyViT registers the MLP of a block bef
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from ptqsam.quantizers import Quantizer
 from ptqsam.solver.prepare import act_quantizers, quant_ops
 
 # what a crop of an image may pass through: it treats all positions alike
-_POINTWISE = (nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.Identity, QuantConv2d, QuantNorm)
+_POINTWISE = (nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.Identity, nn.Conv2d, QuantConv2d, QuantNorm)
 _POINTWISE_NAMES = ('segment_anything.modeling.common.LayerNorm2d',)
 
 
@@ -225,10 +225,12 @@ def _describe(unit: Unit, order: dict[nn.Module, int]) -> None:
         unit.positions = 'tokens'
     else:
         unit.positions = 'crop' if _treats_positions_alike(last) else 'batch'
-    for op in ops if unit.positions == 'crop' else ():
-        kernel, conv = op.weight.shape[-1], cast(QuantConv2d, op)
-        unit.reach += (kernel - 1) // 2 * conv.dilation[0] * unit.stride
-        unit.stride *= conv.stride[0]
+    # convolutions that stay in floating point look around and step, too
+    inside = {module for part in unit.modules.values() for module in part.modules() if module in order}
+    for conv in sorted(inside, key=lambda module: order[module]) if unit.positions == 'crop' else ():
+        if isinstance(conv, QuantConv2d | nn.Conv2d):
+            unit.reach += (conv.weight.shape[-1] - 1) // 2 * conv.dilation[0] * unit.stride
+            unit.stride *= conv.stride[0]
 
 
 def _treats_positions_alike(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from ptqsam.report.summary import align, rule_table
 from ptqsam.solver.calibrate import draw_images
 from ptqsam.solver.datasets import build_dataset, image_names
 from ptqsam.solver.loop import RunOptions
-from ptqsam.solver.prepare import act_quantizers, quantize_model
+from ptqsam.solver.prepare import act_quantizers, check_hooks, quantize_model
 from ptqsam.solver.reconstruct import check_reconstruction
 from ptqsam.solver.reconstruction_plan import (
     Plan,
@@ -90,11 +90,11 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
             ),
         )
     float_size = float_bytes(model.sam)
-    for part in recipe.hooks:
-        build_part(SOLVER_HOOKS, part.type, **part.kwargs())  # a misspelt one is an error here, too
+    hooks = [build_part(SOLVER_HOOKS, part.type, **part.kwargs()) for part in recipe.hooks]
     rules = RuleBook(recipe)
     with torch.device('meta'):
         quantize_model(model.sam, rules)
+    check_hooks(hooks, model.sam, rules.choices)
     check_reconstruction(recipe)
     packed_size = packed_bytes(model.sam)
     with copies_counted(model.sam):

@@ -15,7 +15,7 @@ from ptqsam.evaluation.quantization_error import QuantizationError, error_from_s
 from ptqsam.modules import QuantOp
 from ptqsam.quantizers import Quantizer
 from ptqsam.registry import QUANTIZERS
-from ptqsam.solver.prepare import quant_ops, quantizers
+from ptqsam.solver.prepare import act_quantizers, quant_ops, quantizers
 from ptqsam.solver.rules import Choice
 
 
@@ -69,6 +69,9 @@ def violations(model: nn.Module, planned: list[Choice]) -> Iterator[str]:
             yield f'{path}: {found}, but {choice.rule} says {choice.quantizer.type} with {choice.bits}'
     for quantizer in present:
         yield from _quantizer_violations(quantizer)
+    for quantizer in act_quantizers(model):  # of a weight the values are looked at
+        if quantizer.mode == 'quantize' and quantizer.calibrated:
+            yield from _probe_violations(quantizer)
     for name, op, quantizer in quant_ops(model):
         yield from _weight_violations(name, op, quantizer)
 
@@ -85,22 +88,24 @@ def _quantizer_violations(quantizer: Quantizer) -> Iterator[str]:
         yield f'{path}: a scale is not finite and positive'
     elif not bool(((zero_point >= quantizer.qmin) & (zero_point <= quantizer.qmax)).all()):
         yield f'{path}: a zero point lies outside {quantizer.qmin}..{quantizer.qmax}'
-    elif quantizer.mode == 'quantize' and quantizer.ch_axis is None:
-        yield from _probe_violations(quantizer)
 
 
 @torch.no_grad()
 def _probe_violations(quantizer: Quantizer) -> Iterator[str]:
     """Send a ramp over and beyond the levels through a quantizer: what it does counts, not what it says."""
-    levels = quantizer.levels()
-    reach = (levels[-1] - levels[0]) / 4
-    ramp = torch.lerp(levels[0] - reach, levels[-1] + reach, torch.linspace(0, 1, 2048, device=levels.device))
+    levels, axis = torch.atleast_2d(quantizer.levels()), quantizer.ch_axis
+    low, high = levels[:, :1], levels[:, -1:]
+    reach = (high - low) / 4
+    ramp = torch.lerp(low - reach, high + reach, torch.linspace(0, 1, 2048, device=levels.device))
     # levels may lie more densely than the ramp, those of a logarithmic quantizer for example
-    ramp = torch.cat([ramp, levels, (levels[1:] + levels[:-1]) / 2])
+    ramp = torch.cat([ramp, levels, (levels[:, 1:] + levels[:, :-1]) / 2], dim=1)
+    if axis is not None:
+        # as many axes as the quantizer needs, the channels where it looks for them
+        ramp = ramp.view(*[1] * max(axis, -axis - 2, 0), *ramp.shape).movedim(-2, axis)
     result = quantizer(ramp)
     if not torch.equal(result, quantizer.decode(quantizer.encode(ramp))) or not torch.equal(result, quantizer(ramp)):
         yield f'{quantizer.path}: values are not those of its integer codes (stochastic or soft)'
-    elif (count := most_distinct(result, None)) > 2**quantizer.bits:
+    elif (count := most_distinct(result, axis)) > 2**quantizer.bits:
         yield f'{quantizer.path}: {count} distinct values, {quantizer.bits} bits allow {2**quantizer.bits}'
 
 

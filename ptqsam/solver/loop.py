@@ -38,21 +38,15 @@ from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights
 from ptqsam.solver.compat import apply_compat, report_gate
 from ptqsam.solver.datasets import build_calib_loader, build_dataset, data_identity, image_names
 from ptqsam.solver.freeze import check_gate, freeze
-from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.prepare import check_hooks, quantize_model
 from ptqsam.solver.reconstruct import ReconstructionStage, check_reconstruction
 from ptqsam.solver.rules import RuleBook
 
 # images on which the error of the activation quantizers is measured
 ERROR_IMAGES = 2
-RESULT_FILES = (
-    'result.json',
-    'summary.csv',
-    'sqnr.png',
-    'reconstruction.csv',
-    'reconstruction.png',
-    'big.json',
-    'big.png',
-)
+RESULT_FILES = ('result.json', 'summary.csv', 'sqnr.png')
+# written before the packed checkpoint, and not again when a run goes on from it
+PREPARATION_FILES = ('reconstruction.csv', 'reconstruction.png', 'big.json', 'big.png')
 
 
 @dataclass(frozen=True)
@@ -226,7 +220,9 @@ class PTQLoop(TestLoop):
             ready = self.find_resumable(origin)
         if is_main_process():
             # what an earlier run left must not look like the result of this one
-            for name in RESULT_FILES if ready else (*RESULT_FILES, f'packed/{MANIFEST}'):
+            made_here = ready is not None and ready.resolve() == (self.work_dir / 'packed').resolve()
+            stale = RESULT_FILES if made_here else (*RESULT_FILES, *PREPARATION_FILES)
+            for name in stale if ready else (*stale, f'packed/{MANIFEST}'):
                 (self.work_dir / name).unlink(missing_ok=True)
         if options.eval_fp or ready is None:
             self.model.init_weights()
@@ -242,6 +238,7 @@ class PTQLoop(TestLoop):
         if ready is None:
             quantize_model(self.target, self.rules)
             apply_compat(self.target, self.recipe.compat)
+            check_hooks(self.runner.hooks, self.target, self.rules.choices)
             return
         manifest, self.rules = load_packed(ready, self.target)
         self.check_same(ready, manifest)
@@ -366,6 +363,8 @@ class PTQLoop(TestLoop):
         Returns:
             Metric name without its prefix -> value.
         """
+        if self.recipe.compat.keep_drop_prob:
+            torch.manual_seed(self.options.seed)  # what is dropped decides the metrics
         for batch in progress(self.dataloader, f'evaluate {what}', 'image'):
             outputs = self.runner.model.test_step(batch)
             if self.gallery is not None:

@@ -1,6 +1,7 @@
 """Stage `prepare`: swap float modules for quant modules, as the rules say."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -83,6 +84,22 @@ def quantize_model(model: nn.Module, rules: RuleBook) -> None:
     swap_children(model, rules)
     rules.check()
     model.requires_grad_(False)
+
+
+def check_hooks(hooks: Iterable[Any], model: nn.Module, choices: Sequence[Choice]) -> None:
+    """Let solver hooks refuse a model in which they have nothing to do, before any work is done.
+
+    Args:
+        hooks: those with a method `check(model, choices)` are asked.
+        model: SAM with quant modules.
+        choices: what the rules decided.
+
+    Raises:
+        ConfigError: from a hook.
+    """
+    for hook in hooks:
+        if callable(check := getattr(hook, 'check', None)):
+            check(model, choices)
 
 
 def quantizers(model: nn.Module) -> Iterator[Quantizer]:

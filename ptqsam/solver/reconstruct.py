@@ -22,7 +22,7 @@ from ptqsam.reconstruction.engine import Reconstructor, Sample
 from ptqsam.reconstruction.footprint import cache_bytes
 from ptqsam.reconstruction.optimise import make_loss
 from ptqsam.solver.calibrate import limit_boxes
-from ptqsam.solver.prepare import quantizers
+from ptqsam.solver.prepare import act_quantizers, quantizers
 
 CALIBRATED = 'calibrated.safetensors'
 
@@ -79,7 +79,9 @@ class ReconstructionStage:
                 f'--resume: {path} differs from this run in {", ".join(differing)}; run without --resume or with '
                 'another --work-dir'
             )
+        device = next(target.parameters()).device
         target.load_state_dict(tensors)
+        target.to(device)  # the scales of fresh quantizers are made on the CPU
         for quantizer in quantizers(target):
             quantizer.mode = 'quantize'
         return True
@@ -104,10 +106,18 @@ class ReconstructionStage:
         """
         assert self.recipe.reconstruction is not None
         settings = self.recipe.reconstruction.cache
+        for quantizer in act_quantizers(target):
+            if quantizer.ch_axis is not None and quantizer.ch_axis >= 0:
+                raise ConfigError(
+                    f'{quantizer.path}: ch_axis is {quantizer.ch_axis}, but reconstruction draws positions, which '
+                    'changes the axes before the channels; count it from the end'
+                )
         samples = draw_samples(model, batches, self.recipe)
         device = samples[0].image.device
         store = settings.store
         if store == 'auto':
+            for quantizer in quantizers(target):
+                quantizer.mode = 'off'
             needed = cache_bytes(model, target, self.recipe.reconstruction.unit, samples, settings.dtype)
             store = choose_store(needed, device, folder=self.folder)
         new_cache = partial(ActivationCache, store, device, getattr(torch, settings.dtype), self.folder)
@@ -129,7 +139,7 @@ def check_reconstruction(recipe: QuantConfig) -> None:
     """
     if recipe.reconstruction is None:
         return
-    make_loss(recipe.reconstruction, recipe.compat)
+    make_loss(recipe.reconstruction)
     if get_world_size() > 1:
         raise ConfigError('reconstruction: runs in one process so far; leave out --launcher')
 

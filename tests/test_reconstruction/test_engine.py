@@ -11,8 +11,6 @@ from ptqsam.solver.freeze import violations
 from ptqsam.solver.prepare import quant_ops, quantizers
 from tests.test_reconstruction.helpers import calibrated_model, make_engine, make_recipe
 
-LEVELS = ('layer', 'module', 'block', 'stage')
-
 
 def state(model):
     """All tensors of a SAM."""
@@ -179,10 +177,12 @@ def test_files_that_do_not_fit_are_not_used(harm, finished, tmp_path):
     assert not other.restorable(unit)
 
 
-def test_seed_of_the_calibration_counts(finished):
-    engine = finished[3]
-    seeds = {engine.unit_seed(unit) for unit in engine.numbers}
-    assert len(seeds) == len(engine.numbers) and all(0 <= seed < 2**32 for seed in seeds)
+def test_every_unit_and_every_seed_of_the_calibration_draw_otherwise(finished, tmp_path):
+    model, samples, recipe, engine, _ = finished
+    calibration = recipe.calibration.model_copy(update={'seed': 1})
+    other = make_engine(model, samples, recipe.model_copy(update={'calibration': calibration}), tmp_path / 'w')
+    seeds = {which.seed_of(unit) for which in (engine, other) for unit in engine.numbers}
+    assert len(seeds) == 2 * len(engine.numbers) and all(0 <= seed < 2**32 for seed in seeds)
 
 
 def test_no_box_at_all_is_an_error(finished, tmp_path):

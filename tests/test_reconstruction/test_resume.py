@@ -16,8 +16,8 @@ _base_: {base}
 rules: [{{match: '*', quantizer: {{type: LSQ}}}}, {{match: '*.weight', quantizer: {{type: Uniform}}}}]
 reconstruction: {{iters: 4, unit: block, max_boxes: 2, tokens_per_step: 64}}
 """
-# moment -> units that are finished when the process dies
-MOMENTS = {'after the first commit': 1, 'in an iteration': 3, 'in a commit': 3, 'when calibrated': 0}
+# moment -> units that are finished when the process dies; one after the other, each run resumes what the last one left
+MOMENTS = {'when calibrated': 0, 'after the first commit': 1, 'in an iteration': 3, 'in a commit': 3}
 # one process that imports everything once, with a whole run; the others are forks of it
 RUNS = """
 import json
@@ -68,24 +68,24 @@ def plant(moment):
         ReconstructionStage.run = lambda *args: kill()
 
 
-def run(moment, folder, *options):
+def run(moment, *options):
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1]
-    log = os.open(f'{folder}-{bool(options)}.log', os.O_WRONLY | os.O_CREAT)
+    log = os.open(f'{moment}.log', os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1), os.dup2(log, 2)
     plant(moment)
-    code = main([*sys.argv[1:3], '--work-dir', str(folder), *options])
+    code = main([*sys.argv[1:3], '--work-dir', 'killed', *options])
     sys.stderr.flush()
     os._exit(code)
 
 
-assert main([*sys.argv[1:3], '--work-dir', 'never']) == 0
+assert main([*sys.argv[1:3], '--work-dir', 'whole']) == 0
 statuses = {}
-for moment in sys.argv[3:]:
-    killed = run(moment, moment)
-    files = sorted(path.name for path in Path(moment).rglob('*.safetensors') if not path.name.startswith('.'))
-    statuses[moment] = [killed, files, run('never', moment, '--resume')]
+for moment in [*sys.argv[3:], 'never']:
+    status = run(moment, *(['--resume'] if statuses else []))
+    files = sorted(path.name for path in Path('killed').rglob('*.safetensors'))
+    statuses[moment] = [status, [name for name in files if not name.startswith('.')]]
 print(json.dumps(statuses))
 """
 
@@ -99,7 +99,7 @@ def recipe(tiny, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def runs(tiny, recipe, tmp_path_factory):
-    """Folder with a work dir per moment, and for each how the killed run ended, what it left, how the resumed ended."""
+    """Folder with the work dirs `whole` and `killed`; for each moment, and "never", how the run ended, what it left."""
     folder = tmp_path_factory.mktemp('runs')
     command = tool_command()
     command['args'] = [sys.executable, '-c', RUNS, str(tiny / 'tiny.py'), str(recipe), *MOMENTS]
@@ -115,15 +115,23 @@ def content(path):
 
 
 @pytest.mark.parametrize('moment', MOMENTS)
-def test_killed_and_resumed(moment, runs):
+def test_killed(moment, runs):
     folder, statuses = runs
-    killed, files, resumed = statuses[moment]
-    log = (folder / f'{moment}-True.log').read_text()
-    assert killed == signal.SIGKILL and resumed == 0, log[-2000:]
+    status, files = statuses[moment]
+    log = (folder / f'{moment}.log').read_text()
+    assert status == signal.SIGKILL, log[-2000:]
     assert files == [*(f'{number:03d}.safetensors' for number in range(MOMENTS[moment])), 'calibrated.safetensors']
+    assert ('search ranges' in log) == (moment == 'when calibrated'), 'only the first run calibrates'
+
+
+def test_resumed_after_all_kills(runs):
+    folder, statuses = runs
+    log = (folder / 'never.log').read_text()
+    assert statuses['never'][0] == 0, log[-2000:]
     assert 'search ranges' not in log, 'it calibrated again'
-    whole, again = folder / 'never', folder / moment
+    whole, again = folder / 'whole', folder / 'killed'
     names = {path.name for path in (whole / 'reconstruction').iterdir()}
+    assert names == {path.name for path in (again / 'reconstruction').iterdir()}, 'files of a killed run are left'
     for name in names:
         assert content(again / 'reconstruction' / name) == content(whole / 'reconstruction' / name), name
     assert (again / 'packed/model.safetensors').read_bytes() == (whole / 'packed/model.safetensors').read_bytes()
@@ -131,14 +139,14 @@ def test_killed_and_resumed(moment, runs):
         assert (again / name).read_text() == (whole / name).read_text()
 
 
-@pytest.mark.parametrize('option', ['bits.act=7', 'reconstruction.iters=5', 'calibration.seed=3'])
-def test_another_recipe_is_refused_in_one_line(option, tiny, recipe, runs, tmp_path, capsys):
+def test_another_recipe_is_refused_in_one_line(tiny, recipe, runs, tmp_path, capsys):
     """Interrupted before packing: what is there is the calibrated model and a unit."""
     folder = tmp_path / 'w/reconstruction'
     folder.mkdir(parents=True)
     for name in ('calibrated.safetensors', '000.safetensors'):
-        (folder / name).write_bytes((runs[0] / 'never/reconstruction' / name).read_bytes())
-    command = [str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(folder.parent), '--quant-options', option]
+        (folder / name).write_bytes((runs[0] / 'whole/reconstruction' / name).read_bytes())
+    option = ['--quant-options', 'reconstruction.iters=5']
+    command = [str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(folder.parent), *option]
     assert main([*command, '--resume']) == 2
     error = capsys.readouterr().err.strip().split('\n')[-1]
     assert error.startswith('error: --resume: ') and 'differs from this run in recipe' in error
@@ -149,10 +157,10 @@ def test_without_resume_nothing_old_is_used(tiny, recipe, runs, tmp_path):
     """Finished units lie in the way, and those of a run with more units."""
     folder = tmp_path / 'w/reconstruction'
     folder.mkdir(parents=True)
-    for path in (runs[0] / 'never/reconstruction').iterdir():
+    for path in (runs[0] / 'whole/reconstruction').iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / '099.safetensors').write_bytes(b'')
     assert main([str(tiny / 'tiny.py'), str(recipe), '--work-dir', str(folder.parent), '--seed', '3']) == 0
     assert not (folder / '099.safetensors').exists()
-    ours, theirs = (work_dir / 'packed/model.safetensors' for work_dir in (folder.parent, runs[0] / 'never'))
+    ours, theirs = (work_dir / 'packed/model.safetensors' for work_dir in (folder.parent, runs[0] / 'whole'))
     assert ours.read_bytes() != theirs.read_bytes()

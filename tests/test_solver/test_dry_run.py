@@ -108,7 +108,8 @@ def test_options_of_a_reconstruction_are_described(tiny, capsys):
 
 
 def test_no_reconstruction_is_not_described(tiny):
-    assert 'reconstruct' not in describe(tiny) and 'compat' not in describe(tiny)
+    text = describe(tiny)
+    assert 'reconstruct' not in text and 'compat' not in text
 
 
 def test_no_room_for_activations_is_a_line(tiny, capsys, monkeypatch):

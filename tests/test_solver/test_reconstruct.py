@@ -14,7 +14,6 @@ from ptqsam.reconstruction.optimise import Optimiser
 from ptqsam.registry import SOLVER_HOOKS
 from ptqsam.solver.freeze import violations
 from ptqsam.solver.prepare import quant_ops, quantizers
-from tests.tiny import run_tool
 
 RECIPE = """
 _base_: {base}
@@ -99,12 +98,11 @@ def test_load_gives_the_same_metrics(finished, tiny, tmp_path):
     assert (tmp_path / 'w/summary.csv').read_text() == (work_dir / 'summary.csv').read_text()
 
 
-def test_as_a_user_runs_it(tiny, tmp_path):
-    recipe = write_recipe(tmp_path, tiny)
-    done = run_tool(tiny / 'tiny.py', recipe, '--work-dir', 'w', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 'Traceback' not in done.stderr and 'reconstruct' in done.stderr
-    assert json.loads(done.stdout.strip().split('\n')[-1]) == json.loads((tmp_path / 'w/result.json').read_text())
+def test_what_a_user_sees_and_finds(tiny, tmp_path, capsys):
+    assert run(tiny, write_recipe(tmp_path, tiny), tmp_path / 'w') == 0
+    shown = capsys.readouterr()
+    assert 'reconstruct' in shown.err and 'reconstruction.csv, reconstruction.png' in shown.out
+    assert json.loads(shown.out.strip().split('\n')[-1]) == json.loads((tmp_path / 'w/result.json').read_text())
     assert not list((tmp_path / 'w').rglob('.*')), 'temporary files left'
 
 
