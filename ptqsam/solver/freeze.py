@@ -70,7 +70,8 @@ def violations(model: nn.Module, planned: list[Choice]) -> Iterator[str]:
     for quantizer in present:
         yield from _quantizer_violations(quantizer)
     for quantizer in act_quantizers(model):  # of a weight the values are looked at
-        if quantizer.mode == 'quantize' and quantizer.calibrated:
+        channels = 1 if quantizer.ch_axis is None else quantizer.scale.numel()
+        if quantizer.mode == 'quantize' and 0 < quantizer.scale.numel() == channels:
             yield from _probe_violations(quantizer)
     for name, op, quantizer in quant_ops(model):
         yield from _weight_violations(name, op, quantizer)

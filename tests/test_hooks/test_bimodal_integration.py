@@ -214,7 +214,9 @@ def test_observers_change_only_for_compatibility(tmp_path):
     loop = make_loop(tmp_path)
     run_hook(loop)
     assert all(type(q.observer) is AvgMinMax for q in act_quantizers(loop.target))
-    loop = make_loop(tmp_path, recipe=BITS | {'compat': {'big_observer': True}})
+    loop = make_loop(
+        tmp_path, recipe=BITS | {'compat': {'big_observer': True}, 'hooks': [{'type': 'BimodalIntegration'}]}
+    )
     run_hook(loop)
     changed = {q.path for q in act_quantizers(loop.target) if type(q.observer) is AvgMSEFast}
     expected = {

@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,8 +33,7 @@ def toy(act: int = 8):
     unit = Unit('toy', {'toy': block}, positions='tokens')
     data, images = UnitData(new_cache), [torch.randn(1, 40, CHANNELS) @ mixing for _ in range(IMAGES)]
     for image in images:
-        data.targets.append([block(image)])
-        data.plain.append([image])
+        data.add_plain(Arguments.of(((image,), {})), [block(image)])
         data.add_quantized(Arguments.of(((image + 0.02 * torch.randn_like(image),), {})))
     for quantizer in quantizers(block):
         quantizer.mode = 'observe'
@@ -161,8 +161,8 @@ def test_weights_only_leaves_scales_and_inputs_alone():
         quantizer.mode = 'off'
     before = [quantizer.scale.clone() for quantizer in unit.act_quantizers]
     work, inputs = optimiser(unit, data, activations=False, iters=4, tokens_per_step=None, batch_size=1), []
-    compare = work.compare
-    work.compare = lambda chosen, *args: inputs.append(chosen[0]) or compare(chosen, *args)
+    run_unit = work.run_unit
+    work.run_unit = lambda chosen, *args: inputs.append(chosen[0]) or run_unit(chosen, *args)
     work.run(lambda *_: inputs.append([quantizer.drop_prob for quantizer in unit.act_quantizers]))
     assert inputs.count([1.0, 1.0]) == 4
     assert all(torch.equal(a, q.scale) for a, q in zip(before, unit.act_quantizers, strict=True))
@@ -174,20 +174,20 @@ def test_weights_only_leaves_scales_and_inputs_alone():
 def test_inputs_are_mixed_with_the_float_ones():
     unit, data = toy()
     work, shares = optimiser(unit, data, iters=3, tokens_per_step=None, batch_size=2), []
-    step_loss, compare = work.step_loss, work.compare
+    step_loss, run_unit = work.step_loss, work.run_unit
 
     def watch(batch):
         def look(inputs, *args):
             (mixed,), (quantized,), (plain,) = inputs, batch.quantized, batch.plain
             assert bool(((mixed == quantized) | (mixed == plain)).all())
             shares.append(float((mixed == quantized).float().mean()))
-            return compare(inputs, *args)
+            return run_unit(inputs, *args)
 
-        work.compare = look
+        work.run_unit = look
         try:
             return step_loss(batch)
         finally:
-            work.compare = compare
+            work.run_unit = run_unit
 
     work.step_loss = watch
     work.run(nothing)
@@ -223,7 +223,22 @@ def test_compat_reproduces_what_published_code_leaves():
         for op in unit.ops.values()
     ]
     assert off_grid == [False, True], 'only the first layer is hardened'
-    assert optimiser(*toy(), Compat(loss_dim1=True)).loss.dim == 1 and optimiser(*toy()).loss.dim is None
+
+
+def test_published_loss_sums_over_dimension_one():
+    """D5: of (B, N, C) it sums over tokens and averages over channels; drawn positions get the same factor."""
+    unit, data = toy()
+    settings = dict(iters=1, drop_prob=1.0, tokens_per_step=None, batch_size=1)
+    losses = []
+    for compat in (Compat(), Compat(loss_dim1=True)):
+        work = optimiser(unit, data, compat, **settings)
+        batch = work.fetch(work.draw(np.random.default_rng(0)))
+        (output,) = work.run_unit(batch.quantized, {})
+        losses.append(work.step_loss(batch))
+    error = (output - batch.targets[0]) ** 2
+    torch.testing.assert_close(losses[0], error.sum(-1).mean())
+    torch.testing.assert_close(losses[1], error.sum(1).mean())
+    assert error.shape[1] != error.shape[-1]
 
 
 def test_loss_that_is_not_finite_names_the_unit():

@@ -9,8 +9,9 @@ from torch import nn
 
 from ptqsam.cli import main
 from ptqsam.modules import PassThrough
+from ptqsam.quantizers import Uniform
 from ptqsam.registry import SOLVER_HOOKS
-from ptqsam.solver.freeze import most_distinct
+from ptqsam.solver.freeze import most_distinct, violations
 from ptqsam.solver.prepare import act_quantizers, quant_ops
 
 
@@ -183,3 +184,16 @@ def test_nan_names_quantizer_and_image(tiny, tmp_path, capsys):
 def test_most_distinct():
     x = torch.tensor([[1.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     assert (most_distinct(x, 0), most_distinct(x, 1), most_distinct(x, None)) == (3, 2, 5)
+
+
+@pytest.mark.parametrize('axis', [None, 0, 1, 3, -1, -2, -3])
+def test_gate_looks_at_every_channel_of_an_activation(axis):
+    model = nn.Module()
+    model.quantizer = Uniform(4, ch_axis=axis)
+    model.quantizer.path = 'act'
+    model.quantizer.mode = 'observe'
+    model.quantizer(torch.randn(3, 4, 5, 6))
+    model.quantizer.mode = 'quantize'
+    assert list(violations(model, [])) == []
+    model.quantizer.quantize_where = lambda mask, x, inplace=False: x
+    assert any('stochastic or soft' in violation for violation in violations(model, []))
