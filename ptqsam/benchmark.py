@@ -26,10 +26,11 @@ from ptqsam.allocator import keep_freed_memory
 from ptqsam.checkpoint import load_packed, save_packed, structure
 from ptqsam.config import QuantConfig
 from ptqsam.errors import ConfigError
+from ptqsam.modules.walk import act_quantizers, quantizers
 from ptqsam.report.summary import align
 from ptqsam.solver.calibrate import calibrate_weights
 from ptqsam.solver.freeze import freeze
-from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 
 # boxes of one decoder forward, the chunk that the model configs decode together

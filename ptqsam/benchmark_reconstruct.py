@@ -29,13 +29,14 @@ from torch.utils._pytree import tree_leaves
 from ptqsam.benchmark import BOXES, Setting, prepare_process, resident
 from ptqsam.config import Observers, Part, QuantConfig
 from ptqsam.errors import ConfigError
+from ptqsam.modules.walk import act_quantizers
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.optimise import Optimiser, UnitData
 from ptqsam.reconstruction.streams import Arguments, captured
 from ptqsam.reconstruction.units import Unit, find_segments
 from ptqsam.report.summary import align
 from ptqsam.solver.calibrate import calibrate_weights
-from ptqsam.solver.prepare import act_quantizers, quantize_model
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 
 # title -> glob over paths, and which of the units that it names, by the first axis of their input (windows, boxes)

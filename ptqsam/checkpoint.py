@@ -18,7 +18,8 @@ from ptqsam import __version__
 from ptqsam.config import parse_quant_config
 from ptqsam.errors import AssetError
 from ptqsam.fileio import atomic_path, fingerprint, sha256_file, write_json
-from ptqsam.solver.prepare import quant_ops, quantize_model, quantizers
+from ptqsam.modules.walk import quant_ops, quantizers
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 
 TENSORS = 'model.safetensors'

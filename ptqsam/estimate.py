@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptqsam.solver.prepare import quant_ops, quantizers
+from ptqsam.modules.walk import quant_ops, quantizers
 
 # what a packed checkpoint holds beside its tensors: JSON per quantizer (path, type, bits, error), per tensor (offsets)
 MANIFEST_BYTES = 260

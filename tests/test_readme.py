@@ -20,7 +20,8 @@ from mmdet.registry import MODELS
 
 from ptqsam.cli import load_model_config
 from ptqsam.config import load_quant_config
-from ptqsam.solver.prepare import quantize_model, quantizers
+from ptqsam.modules.walk import quantizers
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.tiny import ROOT
 

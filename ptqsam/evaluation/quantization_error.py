@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptqsam.modules.walk import act_quantizers
 from ptqsam.progress import progress
 from ptqsam.quantizers import Quantizer
-from ptqsam.solver.prepare import act_quantizers
 
 
 @dataclass(frozen=True)

@@ -228,8 +228,8 @@ class BimodalIntegration(Hook):
         """Look at k in the float model, and absorb the signs.
 
         Raises:
-            ConfigError: the recipe quantizes no token-to-image attention.
-            GateError: no calibration image has a prompt box, or k holds NaN or infinity.
+            ConfigError: the recipe quantizes no token-to-image attention, or no calibration image has a prompt box.
+            GateError: k holds NaN or infinity.
         """
         loop: Any = runner.test_loop
         attentions = find_attentions(loop.target, loop.rules.choices)
@@ -311,7 +311,7 @@ def collect_keys(loop: Any, attentions: dict[str, nn.Module], count: int) -> tup
         Path -> what was seen of its k; and the paths of the images.
 
     Raises:
-        GateError: no image has a box.
+        ConfigError: no image has a box.
     """
     calibration = loop.recipe.calibration
     rng = np.random.default_rng(calibration.seed)
@@ -329,7 +329,9 @@ def collect_keys(loop: Any, attentions: dict[str, nn.Module], count: int) -> tup
             if len(images) == count:
                 break
     if not all(seen.first for seen in keys.values()):
-        raise GateError('BimodalIntegration: no calibration image has a prompt box; choose others, or check the boxes')
+        raise ConfigError(
+            'BimodalIntegration: no calibration image has a prompt box; choose others, or check the boxes'
+        )
     return keys, images
 
 

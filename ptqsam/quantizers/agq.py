@@ -40,6 +40,7 @@ class AGQ(Quantizer):
     """
 
     log_domain = True
+    own_observer = 'ProductSearch'
     observer: ProductSearch
     tau: Tensor
 

@@ -50,6 +50,8 @@ class Quantizer(nn.Module, ABC):
     zero_point: Tensor
     # learned in the log domain, so that a step of an optimiser is relative to the scale
     log_domain: ClassVar[bool] = False
+    # name of the search that a quantizer does itself, in place of the observer of the recipe
+    own_observer: ClassVar[str] = ''
 
     def __init__(
         self,

@@ -19,13 +19,13 @@ from ptqsam.config import QuantConfig, Reconstruction
 from ptqsam.errors import ConfigError
 from ptqsam.evaluation.quantization_error import QuantizationError, error_from_sums, error_sums
 from ptqsam.fileio import atomic_path
+from ptqsam.modules.walk import act_quantizers, quantizers, weight_quantizers
 from ptqsam.progress import progress_bar
 from ptqsam.quantizers import Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.optimise import Optimiser, Outcome, UnitData, reset_drop_prob
 from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
 from ptqsam.reconstruction.units import Segment, Unit, find_segments
-from ptqsam.solver.prepare import act_quantizers, quantizers, weight_quantizers
 
 
 @dataclass(frozen=True)

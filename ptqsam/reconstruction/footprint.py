@@ -14,7 +14,7 @@ from ptqsam.config import Reconstruction
 from ptqsam.estimate import Work, measure_work
 from ptqsam.modules.unit_kinds import Level
 from ptqsam.reconstruction.cache import entry_bytes
-from ptqsam.reconstruction.sampling import draw_positions
+from ptqsam.reconstruction.sampling import batch_share, draw_positions
 from ptqsam.reconstruction.streams import Arguments, captured
 from ptqsam.reconstruction.units import Segment, Unit, find_segments
 
@@ -136,9 +136,7 @@ def _segment_bytes(segments: Sequence[Segment], forward: Any, dtype: torch.dtype
 
 def _step_work(unit: Unit, arguments: Arguments, settings: Reconstruction, images: int) -> Work:
     """Forward and backward pass of a float unit on the positions of an iteration; meta tensors only."""
-    size = min(settings.batch_size, images)
-    tokens = settings.tokens_per_step
-    share = None if tokens is None else max(1, tokens // size)
+    size, share = batch_share(settings, images)
     draw = draw_positions(unit, [x.shape for x in arguments.tensors], share, np.random.default_rng(0))
     inputs = [torch.cat([x] * size) for x in draw.inputs(tuple(arguments.tensors))]
 

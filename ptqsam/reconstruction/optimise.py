@@ -22,7 +22,7 @@ from ptqsam.modules import QuantOp
 from ptqsam.quantizers import LSQ, Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.rounding import SoftRounding, regulariser_weight, temperature
-from ptqsam.reconstruction.sampling import Draw, draw_positions
+from ptqsam.reconstruction.sampling import Draw, batch_share, draw_positions
 from ptqsam.reconstruction.streams import Arguments
 from ptqsam.reconstruction.units import Unit
 from ptqsam.registry import RECON_LOSSES, build_part
@@ -219,10 +219,8 @@ class Optimiser:
 
     def draw(self, rng: np.random.Generator) -> list[tuple[int, Draw]]:
         """Images and positions of an iteration."""
-        size = min(self.settings.batch_size, len(self.data.targets))
+        size, share = batch_share(self.settings, len(self.data.targets))
         images = rng.choice(len(self.data.targets), size=size, replace=False)
-        tokens = self.settings.tokens_per_step
-        share = None if tokens is None else max(1, tokens // size)
         drawn: list[tuple[int, Draw]] = []
         for index in images.tolist():
             # query rows are an argument of the call, so all images have the same

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptqsam.config import Reconstruction
 from ptqsam.observers.sampling import on_device
 from ptqsam.reconstruction.units import Unit
 
@@ -61,6 +62,20 @@ class Draw:
     outputs: Select = everything
     arguments: dict[str, Any] = field(default_factory=dict)
     valid: Callable[[Sequence[Tensor]], Tensor | None] = all_valid
+
+
+def batch_share(settings: Reconstruction, images: int) -> tuple[int, int | None]:
+    """How an iteration is made up.
+
+    Args:
+        settings: batch size and positions per iteration.
+        images: that there are.
+
+    Returns:
+        Images of an iteration, and positions of each; None: all.
+    """
+    size = min(settings.batch_size, images)
+    return size, None if settings.tokens_per_step is None else max(1, settings.tokens_per_step // size)
 
 
 def draw_positions(unit: Unit, shapes: Sequence[torch.Size], tokens: int | None, rng: np.random.Generator) -> Draw:

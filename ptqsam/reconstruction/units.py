@@ -15,8 +15,8 @@ from ptqsam.errors import ConfigError
 from ptqsam.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantNorm, QuantOp
 from ptqsam.modules.base import qualified_name
 from ptqsam.modules.unit_kinds import Level, unit_kind
+from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.quantizers import Quantizer
-from ptqsam.solver.prepare import act_quantizers, quant_ops
 
 # what a crop of an image may pass through: it treats all positions alike
 _POINTWISE = (nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.Identity, nn.Conv2d, QuantConv2d, QuantNorm)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ptqsam.errors import ConfigError, GateError
+from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.progress import progress
 from ptqsam.quantizers import Quantizer
-from ptqsam.solver.prepare import act_quantizers, quant_ops
 
 
 def draw_images(

@@ -3,9 +3,9 @@
 from torch import nn
 
 from ptqsam.config import Compat
+from ptqsam.modules.walk import quantizers
 from ptqsam.quantizers import AGQ
 from ptqsam.solver.freeze import violations
-from ptqsam.solver.prepare import quantizers
 from ptqsam.solver.rules import Choice
 
 

@@ -18,12 +18,13 @@ from ptqsam.checkpoint import float_bytes
 from ptqsam.config import QuantConfig
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.estimate import Work, measure_machine, measure_work, memory_in_use, packed_bytes
+from ptqsam.modules.walk import act_quantizers
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report.summary import align, rule_table
 from ptqsam.solver.calibrate import draw_images
 from ptqsam.solver.datasets import build_dataset, image_names
 from ptqsam.solver.loop import RunOptions
-from ptqsam.solver.prepare import act_quantizers, check_hooks, quantize_model
+from ptqsam.solver.prepare import check_hooks, quantize_model
 from ptqsam.solver.reconstruct import check_reconstruction
 from ptqsam.solver.reconstruction_plan import (
     Plan,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ptqsam.errors import GateError
 from ptqsam.evaluation.quantization_error import QuantizationError, error_from_sums, error_sums
 from ptqsam.modules import QuantOp
+from ptqsam.modules.walk import act_quantizers, quant_ops, quantizers
 from ptqsam.quantizers import Quantizer
 from ptqsam.registry import QUANTIZERS
-from ptqsam.solver.prepare import act_quantizers, quant_ops, quantizers
 from ptqsam.solver.rules import Choice
 
 

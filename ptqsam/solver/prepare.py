@@ -1,12 +1,12 @@
 """Stage `prepare`: swap float modules for quant modules, as the rules say."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from ptqsam.errors import ConfigError
-from ptqsam.modules import PassThrough, QuantOp, child_role
+from ptqsam.modules import PassThrough, child_role
 from ptqsam.modules.base import replacement_for
 from ptqsam.quantizers import Quantizer
 from ptqsam.registry import QUANTIZERS, build_part
@@ -100,29 +100,6 @@ def check_hooks(hooks: Iterable[Any], model: nn.Module, choices: Sequence[Choice
     for hook in hooks:
         if callable(check := getattr(hook, 'check', None)):
             check(model, choices)
-
-
-def quantizers(model: nn.Module) -> Iterator[Quantizer]:
-    """All quantizers of a model, in module order."""
-    return (module for module in model.modules() if isinstance(module, Quantizer))
-
-
-def quant_ops(model: nn.Module) -> Iterator[tuple[str, QuantOp, Quantizer]]:
-    """Operators of a model whose weight is quantized: name, operator, quantizer of the weight."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantOp) and isinstance(module.weight_quantizer, Quantizer):
-            yield name, module, module.weight_quantizer
-
-
-def weight_quantizers(model: nn.Module) -> list[Quantizer]:
-    """Quantizers of weights, in module order."""
-    return [quantizer for _, _, quantizer in quant_ops(model)]
-
-
-def act_quantizers(model: nn.Module) -> list[Quantizer]:
-    """Quantizers of activations, in module order."""
-    weights = {id(q) for q in weight_quantizers(model)}
-    return [q for q in quantizers(model) if id(q) not in weights]
 
 
 def _join(path: str, name: str) -> str:

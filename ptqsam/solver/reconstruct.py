@@ -16,13 +16,13 @@ from torch import nn
 from ptqsam.config import QuantConfig
 from ptqsam.errors import ConfigError
 from ptqsam.fileio import atomic_path, fingerprint
+from ptqsam.modules.walk import act_quantizers, quantizers
 from ptqsam.progress import progress
 from ptqsam.reconstruction.cache import ActivationCache, choose_store
 from ptqsam.reconstruction.engine import Reconstructor, Sample
 from ptqsam.reconstruction.footprint import cache_bytes
 from ptqsam.reconstruction.optimise import make_loss
 from ptqsam.solver.calibrate import limit_boxes
-from ptqsam.solver.prepare import act_quantizers, quantizers
 
 CALIBRATED = 'calibrated.safetensors'
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ptqsam.config import Part, QuantConfig, Rule
 from ptqsam.errors import ConfigError
+from ptqsam.registry import QUANTIZERS
 
 # The papers leave these in floating point (methods.md 1.3). A recipe's rule with `enabled: true` takes one back in.
 BUILT_IN_RULES = (
@@ -107,6 +108,9 @@ class RuleBook:
                 winner = self._name(index)
                 switch = winner if rule.enabled is not None else switch
         # of a place that is left out, the rule that says so counts, not a later one about bits
+        kind = QUANTIZERS.get(settings['quantizer'].type)
+        if kind is not None and kind.own_observer:
+            settings['observer'] = Part(type=kind.own_observer)
         choice = Choice(point=point, rule=winner if settings['enabled'] else switch, **settings)
         self.choices.append(choice)
         return choice

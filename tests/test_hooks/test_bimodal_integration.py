@@ -18,9 +18,10 @@ from ptqsam.errors import ConfigError, GateError
 from ptqsam.hooks import BimodalIntegration
 from ptqsam.hooks.bimodal_integration import absorb_signs, bimodality, channel_signs
 from ptqsam.modules import QuantLinear
+from ptqsam.modules.walk import act_quantizers
 from ptqsam.observers import AvgMinMax, AvgMSEFast
 from ptqsam.registry import SOLVER_HOOKS, build_part
-from ptqsam.solver.prepare import act_quantizers, quantize_model
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.golden import Case, cases
 from tests.test_projects.helpers import instances, make_model, make_sample, random_boxes
@@ -181,7 +182,7 @@ def test_images_without_boxes_do_not_count(tmp_path):
     assert run_hook(make_loop(tmp_path, counts=(0, 2, 3)))['images'] == ['1.png']
     report = run_hook(make_loop(tmp_path, counts=(2, 0, 30, 1)), images=2)
     assert report['images'] == ['0.png', '2.png'] and report['attentions'][PATHS[0]]['bimodal']
-    with pytest.raises(GateError, match='no calibration image has a prompt box'):
+    with pytest.raises(ConfigError, match='no calibration image has a prompt box'):
         run_hook(make_loop(tmp_path, counts=(0, 0)))
 
 

@@ -7,7 +7,8 @@ from segment_anything.modeling.common import MLPBlock
 from torch import nn
 
 from ptqsam.config import parse_quant_config
-from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
+from ptqsam.modules.walk import act_quantizers, quantizers
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.golden import Case, cases
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from ptqsam.config import parse_quant_config
 from ptqsam.modules.base import qualified_name, replacement_for
+from ptqsam.modules.walk import quant_ops, quantizers
 from ptqsam.registry import QUANT_MODULES
-from ptqsam.solver.prepare import Builder, quant_ops, quantizers
+from ptqsam.solver.prepare import Builder
 from ptqsam.solver.rules import RuleBook
 
 EVERYTHING = {'algorithm': 'x', 'bits': {'weight': 4, 'act': 4}, 'rules': [{'match': '*', 'enabled': True}]}

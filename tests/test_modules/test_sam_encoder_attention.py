@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ptqsam.solver.prepare import quantizers
+from ptqsam.modules.walk import quantizers
 from tests.test_modules.test_off_mode import attention, convert
 
 ROWS = torch.tensor([29, 0, 7, 8])

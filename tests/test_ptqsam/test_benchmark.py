@@ -13,8 +13,8 @@ from projects.instance_segment_anything import SegmentAnything
 from ptqsam.benchmark import Setting, benchmark_table, build_variants, forward_memory, make_forward, profiles
 from ptqsam.checkpoint import save_packed, structure
 from ptqsam.config import parse_quant_config
+from ptqsam.modules.walk import quantizers
 from ptqsam.solver.freeze import violations
-from ptqsam.solver.prepare import quantizers
 from tests.conftest import ROOT
 from tests.test_projects.helpers import ARCH
 

@@ -14,9 +14,10 @@ from ptqsam.checkpoint import float_bytes, load_packed, pack_codes, save_packed,
 from ptqsam.config import parse_quant_config
 from ptqsam.errors import AssetError
 from ptqsam.fileio import fingerprint
+from ptqsam.modules.walk import act_quantizers, quantizers
 from ptqsam.solver.calibrate import calibrate_weights
 from ptqsam.solver.freeze import check_gate, freeze
-from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.tiny import ARCH
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from ptqsam.config import Reconstruction, parse_quant_config
+from ptqsam.modules.walk import act_quantizers, quantizers
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.engine import Reconstructor, Sample
 from ptqsam.solver.calibrate import calibrate_weights
-from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.test_projects.helpers import make_model, random_boxes
 from tests.tiny import ARCH, DECODER

@@ -6,9 +6,9 @@ from mmengine.hooks import Hook
 from safetensors import safe_open
 
 from ptqsam.errors import ConfigError
+from ptqsam.modules.walk import quant_ops, quantizers
 from ptqsam.reconstruction.engine import Sample
 from ptqsam.solver.freeze import violations
-from ptqsam.solver.prepare import quant_ops, quantizers
 from tests.test_reconstruction.helpers import calibrated_model, make_engine, make_recipe
 
 

@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 from ptqsam.config import Compat
 from ptqsam.errors import GateError
 from ptqsam.modules import QuantLinear, QuantOp
+from ptqsam.modules.walk import quantizers
 from ptqsam.quantizers import LSQ, Uniform
 from ptqsam.reconstruction.optimise import ERROR_IMAGES, Optimiser, UnitData
 from ptqsam.reconstruction.streams import Arguments
 from ptqsam.reconstruction.units import Unit
-from ptqsam.solver.prepare import quantizers
 from tests.test_reconstruction.helpers import make_settings, new_cache
 
 CHANNELS, IMAGES = 16, 6

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ptqsam.modules import PassThrough, QuantConv2d
+from ptqsam.modules.walk import quantizers
 from ptqsam.quantizers import Uniform
 from ptqsam.reconstruction.sampling import draw_positions
 from ptqsam.reconstruction.streams import Arguments, captured, returned
 from ptqsam.reconstruction.units import Unit, find_segments
-from ptqsam.solver.prepare import quantizers
 from tests.test_reconstruction.helpers import calibrated_model, make_engine, make_recipe
 
 

@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 from ptqsam.errors import ConfigError
 from ptqsam.modules import QuantLinear
+from ptqsam.modules.walk import quant_ops, quantizers
 from ptqsam.quantizers import Uniform
 from ptqsam.reconstruction.engine import Reconstructor
 from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
 from ptqsam.reconstruction.units import Segment, Unit, find_segments
-from ptqsam.solver.prepare import quant_ops, quantizers
 from tests.test_reconstruction.helpers import calibrated_model, make_engine, make_recipe, new_cache
 
 

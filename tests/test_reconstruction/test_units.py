@@ -9,8 +9,9 @@ from torch import nn
 from projects.instance_segment_anything import SegmentAnything
 from ptqsam.config import load_quant_config
 from ptqsam.errors import ConfigError
+from ptqsam.modules.walk import quant_ops
 from ptqsam.reconstruction.units import find_segments
-from ptqsam.solver.prepare import quant_ops, quantize_model
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.test_reconstruction.helpers import calibrated_model, make_engine, make_recipe
 from tests.tiny import ROOT

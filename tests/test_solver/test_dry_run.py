@@ -12,6 +12,7 @@ from ptqsam.cli import load_model_config, main
 from ptqsam.config import load_quant_config, parse_quant_config
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.estimate import Machine, Work, measure_machine, measure_work, packed_bytes
+from ptqsam.modules.walk import act_quantizers, quantizers
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.engine import Sample
 from ptqsam.reconstruction.footprint import Step, iteration_steps
@@ -20,7 +21,7 @@ from ptqsam.solver.calibrate import calibrate_weights
 from ptqsam.solver.datasets import build_dataset
 from ptqsam.solver.dry_run import Images, box_count, copies_counted, describe_run, duration
 from ptqsam.solver.freeze import freeze
-from ptqsam.solver.prepare import act_quantizers, quantize_model, quantizers
+from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.reconstruction_plan import QUANTIZED_COST, STREAM_PASSES, Plan, show
 from ptqsam.solver.rules import RuleBook
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from ptqsam.cli import main
 from ptqsam.modules import PassThrough
+from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.quantizers import Uniform
 from ptqsam.registry import SOLVER_HOOKS
 from ptqsam.solver.freeze import most_distinct, violations
-from ptqsam.solver.prepare import act_quantizers, quant_ops
 
 
 def soft_weight(sam):

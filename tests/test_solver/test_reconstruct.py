@@ -9,11 +9,11 @@ from mmengine.hooks import Hook
 
 from ptqsam.cli import main
 from ptqsam.modules import QuantOp
+from ptqsam.modules.walk import quant_ops, quantizers
 from ptqsam.reconstruction import optimise
 from ptqsam.reconstruction.optimise import Optimiser
 from ptqsam.registry import SOLVER_HOOKS
 from ptqsam.solver.freeze import violations
-from ptqsam.solver.prepare import quant_ops, quantizers
 
 RECIPE = """
 _base_: {base}
