@@ -119,14 +119,14 @@ def make_report(args: argparse.Namespace, config: Config, work_dir: Path) -> int
         loader = build_loader(config, model, args.images)
     roles = {choice.point.path: choice.point.role for choice in rules.choices}
     products = measure_products(model, model.sam, loader, roles)
-    images, recipe = len(loader.dataset), manifest['recipe']
+    images, recipe, bits = len(loader.dataset), manifest['recipe'], rules.config.bits.resolved()
     rows = [product.row(images) for product in products]
     report = dict(
         packed=str(args.packed),
         model=Path(args.model_config).stem,
         algorithm=recipe['algorithm'],
-        bits=recipe['bits'],
-        label=run_label(recipe['algorithm'], recipe['bits'], rules.bit_counts()),
+        bits=bits,
+        label=run_label(recipe['algorithm'], bits, rules.bit_counts()),
         images=images,
         boxes=sum(model.count_boxes(loader.dataset, cache_folder()) or []),
         totals=totals(rows),

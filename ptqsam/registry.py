@@ -20,7 +20,12 @@ RECON_LOSSES = Registry('reconstruction loss', scope='ptqsam', locations=['ptqsa
 
 
 # what papers call a class of ours
-PAPER_TERMS = {'ACNR': 'ConditionNumberReduction', 'BIG': 'BimodalIntegration'}
+PAPER_TERMS = {
+    'ACNR': 'ConditionNumberReduction',
+    'BIG': 'BimodalIntegration',
+    'PAR': 'PromptAware',
+    'PCC': 'PerceptualClipping',
+}
 # given by ours, not by a recipe's author
 OURS = {'quantizer': {'bits', 'observer', 'ch_axis'}, 'observer': {'bits', 'symmetric', 'ch_axis'}}
 
@@ -41,6 +46,28 @@ def build_part(registry: Registry, type: str, **args: Any) -> Any:
     Raises:
         ConfigError: unknown name, or arguments that the constructor refuses.
     """
+    part = check_part(registry, type, **args)
+    try:
+        return part(**args)
+    except (TypeError, ValueError) as error:
+        given = {name: value for name, value in args.items() if name not in OURS.get(registry.name, ())}
+        raise ConfigError(f"{registry.name} '{type}' cannot be built with {given} ({error})") from None
+
+
+def check_part(registry: Registry, type: str, **args: Any) -> Any:
+    """Class of a registered part, which takes these arguments.
+
+    Args:
+        registry: where the part is registered.
+        type: name of its class.
+        args: arguments of its constructor; only their names are looked at.
+
+    Returns:
+        The class.
+
+    Raises:
+        ConfigError: unknown name, or arguments that the constructor does not take, or lacks.
+    """
     part = registry.get(type)
     if part is None:
         term = PAPER_TERMS.get(type.upper())
@@ -48,11 +75,7 @@ def build_part(registry: Registry, type: str, **args: Any) -> Any:
         hint = f"did you mean '{close[0]}'?" if close else f'known: {", ".join(sorted(registry.module_dict))}'
         raise ConfigError(f"unknown {registry.name} '{type}' ({hint})")
     _check_arguments(registry, type, part, args)
-    try:
-        return part(**args)
-    except (TypeError, ValueError) as error:
-        given = {name: value for name, value in args.items() if name not in OURS.get(registry.name, ())}
-        raise ConfigError(f"{registry.name} '{type}' cannot be built with {given} ({error})") from None
+    return part
 
 
 def _check_arguments(registry: Registry, type: str, part: Any, args: dict[str, Any]) -> None:

@@ -63,17 +63,29 @@ def result_table(result: dict[str, Any]) -> str:
     return table
 
 
-def run_label(algorithm: str, bits: dict[str, int], quantized: dict[str, Any]) -> str:
+def run_label(algorithm: str, bits: dict[str, Any], quantized: dict[str, Any]) -> str:
     """Algorithm and bit widths, as `mse W4A8`; what stays in floating point has none, as in `softmax_only A4`.
+
+    Parts of the model with other bits follow, as in `mse W4A4 (decoder W6A8)`.
 
     Args:
         algorithm: name in the recipe.
-        bits: bit widths of the recipe.
+        bits: `Bits.resolved()` of the recipe.
         quantized: `RuleBook.bit_counts()`.
     """
-    widths = ''.join(letter + str(bits[kind]) for letter, kind in (('W', 'weight'), ('A', 'act')) if quantized[kind])
-    other = any(set(quantized[kind]) - {str(bits[kind])} for kind in ('weight', 'act'))
-    return f'{algorithm} {widths}' + ' (rules: other bits)' * other
+    parts = [part for part in bits if part not in ('weight', 'act')]
+    # what is left of the counts without those of the parts is the whole's
+    rest = {
+        kind: Counter(quantized[kind]) - sum((Counter(quantized[part][kind]) for part in parts), Counter())
+        for kind in ('weight', 'act')
+    }
+    words = [_widths(bits, rest)]
+    if inside := ', '.join(f'{part} {text}' for part in parts if (text := _widths(bits[part], quantized[part]))):
+        words.append(f'({inside})')
+    places = [(bits, rest), *((bits[part], quantized[part]) for part in parts)]
+    if any(set(counts[kind]) - {str(own[kind])} for own, counts in places for kind in ('weight', 'act')):
+        words.append('(rules: other bits)')
+    return ' '.join(filter(None, (algorithm, *words)))
 
 
 def part_text(part: 'Part') -> str:
@@ -109,6 +121,11 @@ def align(rows: Sequence[tuple[str, ...]]) -> str:
         ]
         lines.append('  '.join(cells).rstrip())
     return '\n'.join(lines)
+
+
+def _widths(bits: dict[str, Any], counts: dict[str, Any]) -> str:
+    """Bit widths of what is quantized, as `W4A8`."""
+    return ''.join(letter + str(bits[kind]) for letter, kind in (('W', 'weight'), ('A', 'act')) if counts[kind])
 
 
 def _quantizer_text(choice: 'Choice') -> str:

@@ -110,7 +110,7 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
         'evaluate': (evaluation, model.options.max_boxes),
     }
     sections = [
-        [f'recipe {run_label(recipe.algorithm, recipe.bits.model_dump(), rules.bit_counts())}', rule_table(rules)],
+        [f'recipe {run_label(recipe.algorithm, recipe.bits.resolved(), rules.bit_counts())}', rule_table(rules)],
         hook_lines(recipe) + compat_lines(recipe) + reconstruction_lines(recipe, plan),
         [f'size   float {float_size / 1e6:.1f} MB, packed about {packed_size / 1e6:.1f} MB'],
         data_lines(model, calibration, evaluation),

@@ -2,6 +2,7 @@
 
 import difflib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from ptqsam.config import Part, QuantConfig, Rule
 from ptqsam.errors import ConfigError
 from ptqsam.quantizers import Quantizer
-from ptqsam.registry import QUANTIZERS
+from ptqsam.registry import OBSERVERS, OURS, QUANTIZERS, build_part, check_part
 
 # The papers leave these in floating point (methods.md 1.3). A recipe's rule with `enabled: true` takes one back in.
 BUILT_IN_RULES = (
@@ -21,6 +22,9 @@ BUILT_IN_RULES = (
     Rule(match=('mask_decoder.iou_prediction_head.*',), enabled=False),
     Rule(match=('mask_decoder.output_upscaling.*',), enabled=False),
 )
+
+# what a recipe calls the parts of the model (`bits.decoder`)
+PART_GLOBS = {'encoder': ('image_encoder.*',), 'decoder': ('mask_decoder.*', 'prompt_encoder.*')}
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Choice:
         bits: bit width.
         quantizer: quantizer to build.
         observer: observer to build.
-        rule: the last rule that matched, or the one that left the place out, with its glob that did; for the summary.
+        rule: the last rule that matched, with its glob that did, or `bits.decoder.act` and the like where none of the
+            recipe's did; of a place that is left out, the rule that says so. For the summary.
     """
 
     point: Point
@@ -79,6 +84,11 @@ def glob_matches(glob: str, point: Point) -> bool:
     return fnmatchcase(point.path, glob)
 
 
+def part_of(point: Point) -> str:
+    """Part of the model that a point belongs to: a key of `PART_GLOBS`, or ''."""
+    return next((part for part, globs in PART_GLOBS.items() if any(glob_matches(glob, point) for glob in globs)), '')
+
+
 def misfit(choice: Choice) -> str:
     """What is wrong with a quantizer at the place that it was chosen for; '' if nothing is, or none is built."""
     point, part = choice.point, choice.quantizer
@@ -90,17 +100,30 @@ def misfit(choice: Choice) -> str:
     return kind.misfit(point.role, part.kwargs().get('ch_axis'))
 
 
+def count_bits(choices: Iterable[Choice]) -> dict[str, dict[str, int]]:
+    """For weights and activations, bits -> quantizers."""
+    counts = Counter((choice.point.kind, choice.bits) for choice in choices)
+    return {
+        kind: {str(bits): count for (of, bits), count in sorted(counts.items()) if of == kind}
+        for kind in ('weight', 'act')
+    }
+
+
 class RuleBook:
     """The built-in exclusions and a recipe's rules, and a record of what they decided.
 
     Args:
         config: the recipe.
+
+    Raises:
+        ConfigError: the recipe names a quantizer or an observer that does not exist, or an argument that it lacks.
     """
 
     def __init__(self, config: QuantConfig) -> None:
         self.config = config
         self.rules = (*BUILT_IN_RULES, *config.rules)
         self.choices: list[Choice] = []
+        self._check_parts()
 
     def decide(self, point: Point) -> Choice:
         """Apply all rules to a point and record the result.
@@ -114,20 +137,24 @@ class RuleBook:
         Raises:
             ConfigError: a rule puts a quantizer where it makes no sense.
         """
-        defaults = self.config.calibration.observer
+        defaults, part, bits = self.config.calibration.observer, part_of(point), self.config.bits
+        own_bits = bits.given(part)
         settings: dict[str, Any] = dict(
             enabled=True,
-            bits=self.config.bits.weight if point.kind == 'weight' else self.config.bits.act,
+            bits=own_bits.get(point.kind, bits.weight if point.kind == 'weight' else bits.act),
             quantizer=Part(type='Uniform'),
             observer=defaults.weight if point.kind == 'weight' else defaults.act,
         )
+        section = f'bits.{part}.{point.kind}' if point.kind in own_bits else ''
         winner = switch = chooser = ''
         for index, rule in enumerate(self.rules):
             if glob := next((glob for glob in rule.match if glob_matches(glob, point)), None):
                 settings |= {k: v for k in settings if (v := getattr(rule, k)) is not None}
-                winner = self._name(index, glob)
-                switch = winner if rule.enabled is not None else switch
-                chooser = winner if rule.quantizer is not None else chooser
+                name = self._name(index, glob)
+                # bits of a part come after the built-in rules and before the recipe's
+                winner = section if section and index < len(BUILT_IN_RULES) else name
+                switch = name if rule.enabled is not None else switch
+                chooser = name if rule.quantizer is not None else chooser
         # of a place that is left out, the rule that says so counts, not a later one about bits
         kind = QUANTIZERS.get(settings['quantizer'].type)
         if kind is not None and kind.own_observer:
@@ -144,18 +171,24 @@ class RuleBook:
         return [choice for choice in self.choices if choice.enabled]
 
     def bit_counts(self) -> dict[str, Any]:
-        """How much is quantized: points in all, and for weights and activations, bits -> quantizers."""
-        counts: dict[str, Any] = dict(points=len(self.choices))
-        for kind in ('weight', 'act'):
-            bits = Counter(choice.bits for choice in self.enabled if choice.point.kind == kind)
-            counts[kind] = {str(width): bits[width] for width in sorted(bits)}
-        return counts
+        """How much is quantized: points in all, and for weights and activations, bits -> quantizers.
+
+        The same again, without the points, for each part that has other bits than the whole.
+        """
+        parts = [part for part in PART_GLOBS if part in self.config.bits.resolved()]
+        inside = {part: [choice for choice in self.enabled if part_of(choice.point) == part] for part in parts}
+        each = {part: count_bits(choices) for part, choices in inside.items()}
+        return dict(points=len(self.choices), **count_bits(self.enabled), **each)
 
     def counts(self) -> list[tuple[str, int]]:
-        """For each of the recipe's rules, its name and how many points it matches."""
-        first = len(BUILT_IN_RULES)
-        return [
-            (self._name(first + i), sum(matches(rule, choice.point) for choice in self.choices))
+        """For each part's bits and each of the recipe's rules, the name and how many points it matches."""
+        first, points = len(BUILT_IN_RULES), [choice.point for choice in self.choices]
+        places = Counter((part_of(point), point.kind) for point in points)
+        sections = [
+            (f'bits.{part}.{kind}', places[part, kind]) for part in PART_GLOBS for kind in self.config.bits.given(part)
+        ]
+        return sections + [
+            (self._name(first + i), sum(matches(rule, point) for point in points))
             for i, rule in enumerate(self.config.rules)
         ]
 
@@ -176,6 +209,28 @@ class RuleBook:
                 f"recipe '{self.config.algorithm}' quantizes nothing: its rules disable all {len(self.choices)} "
                 'quantizers; enable some with `enabled: true`'
             )
+
+    def _check_parts(self) -> None:
+        """Refuse quantizers and observers that do not exist, also of rules for places where none is built.
+
+        Raises:
+            ConfigError: with the rule, or the key of the recipe.
+        """
+        defaults = self.config.calibration.observer
+        parts: list[tuple[str, Part | None, Part | None]]
+        parts = [(f'calibration.observer.{kind}', None, part) for kind, part in defaults]
+        parts += [(self._name(index), rule.quantizer, rule.observer) for index, rule in enumerate(self.rules)]
+        for where, quantizer, observer in parts:
+            try:
+                if quantizer is not None:
+                    check_part(QUANTIZERS, quantizer.type, **(dict.fromkeys(OURS['quantizer']) | quantizer.kwargs()))
+                if observer is not None:
+                    settings = dict(bits=8, symmetric=False, ch_axis=None)
+                    if own := sorted(settings.keys() & observer.kwargs()):
+                        raise ConfigError(f"'{own[0]}' of {observer.type} is that of the quantizer; leave it out")
+                    build_part(OBSERVERS, observer.type, **settings, **observer.kwargs())
+            except ConfigError as error:
+                raise ConfigError(f'{where}: {error}') from None
 
     def _nearest(self, glob: str) -> str:
         """A path or role that a glob may have meant, in words."""

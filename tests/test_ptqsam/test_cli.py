@@ -224,6 +224,35 @@ def test_mobile_sam_on_coco(assets, tmp_path, monkeypatch):
     assert 0.2 < result['size_mb']['packed'] / result['size_mb']['fp'] < 0.35
 
 
+def test_bits_of_the_decoder(tiny, tmp_path, capsys):
+    """From the command line, for a recipe that has none: the dry run, the result, the packed model, and its table."""
+    args = [str(tiny / 'tiny.py'), str(tiny / 'recipe.yaml'), '--quant-options', 'bits.decoder.act=6']
+    assert main([*args, '--dry-run']) == 0
+    text = capsys.readouterr().out
+    assert text.startswith('recipe tiny W4A8 (decoder W4A6)\n') and 'bits.decoder.act: matches ' in text
+    rows = {line.split()[0]: line for line in text.split('\n') if 'bit, ' in line}
+    assert (
+        'Uniform 6 bit' in rows['decoder.token_to_image.k'] and 'bits.decoder.act' in rows['decoder.token_to_image.k']
+    )
+    assert 'Uniform 8 bit' in rows['encoder.attn.k'] and "built-in '*'" in rows['encoder.attn.k']
+
+    assert main([*args, '--work-dir', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.strip().split('\n')[-1])
+    assert result['bits'] == {'weight': 4, 'act': 8, 'decoder': {'weight': 4, 'act': 6}}
+    assert '\ntiny W4A8 (decoder W4A6)  ' in out and set(result['quantized']['act']) == {'6', '8'}
+    rows = list(csv.DictReader((tmp_path / 'summary.csv').open()))
+    six = [row for row in rows if row['bits'] == '6']
+    assert six == [row for row in rows if row['kind'] == 'act' and row['path'].startswith('mask_decoder.')] != []
+    assert {row['rule'] for row in six} == {'bits.decoder.act'}
+
+    packed = ['--load', str(tmp_path / 'packed'), '--work-dir', str(tmp_path / 'loaded')]
+    assert main([*args, *packed]) == 0
+    loaded = json.loads(capsys.readouterr().out.strip().split('\n')[-1])
+    assert [loaded[key] for key in ('bits', 'metrics')] == [result[key] for key in ('bits', 'metrics')]
+    fails(capsys, 3, 'made with another recipe', *args[:2], *packed)
+
+
 def test_dry_run_does_nothing_but_tell(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([str(tiny / 'tiny.py'), str(tiny / 'recipe.yaml'), '--dry-run']) == 0

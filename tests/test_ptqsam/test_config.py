@@ -12,7 +12,8 @@ from ptqsam.config import PRESETS, load_quant_config, parse_quant_config
 from ptqsam.errors import ConfigError
 from tests.tiny import ROOT
 
-GOOD = {'algorithm': 'x', 'bits': {'weight': 4, 'act': 8}}
+BITS = {'weight': 4, 'act': 8}
+GOOD = {'algorithm': 'x', 'bits': BITS}
 
 
 def test_defaults_and_types():
@@ -43,6 +44,12 @@ def test_defaults_and_types():
         ({'bits': {'weight': '4', 'act': 8}}, "key 'bits.weight': input should be a valid integer, got '4'"),
         ({'bits': {'weight': 4.0, 'act': 8}}, "key 'bits.weight'"),
         ({'bits': {'weight': 4}}, "key 'bits.act' is missing"),
+        ({'bits': BITS | {'decoder': {}}}, "key 'bits.decoder': the section is empty; give weight or act"),
+        ({'bits': BITS | {'encoder': {'act': None}}}, "key 'bits.encoder': the section is empty"),
+        ({'bits': BITS | {'decoder': {'act': 9}}}, "key 'bits.decoder.act': input should be less than or equal to 8"),
+        ({'bits': BITS | {'decoder': {'acts': 8}}}, "unknown key 'bits.decoder.acts' (did you mean 'act'?)"),
+        ({'bits': BITS | {'neck': {'act': 8}}}, "unknown key 'bits.neck' (known keys: weight, act, encoder, decoder)"),
+        ({'bits': BITS | {'decoder': 8}}, "key 'bits.decoder': input should be a valid dictionary, got 8"),
         ({'rules': [{'match': '*', 'bits': 16}]}, "key 'rules.0.bits'"),
         ({'rules': {'match': '*'}}, "key 'rules'"),
         ({'rules': [{'match': [], 'bits': 4}]}, "key 'rules.0.match' is empty; name at least one glob"),
@@ -181,6 +188,25 @@ def test_beta_multiplier_is_off_at_one():
     assert parse_quant_config(raw | {'compat': {'beta_multiplier': 2}}, 'here').compat.active == ['beta_multiplier']
 
 
+@pytest.mark.parametrize(
+    ('parts', 'resolved'),
+    [
+        ({}, {}),
+        # a part that is as the whole is not told
+        ({'encoder': None, 'decoder': {'weight': 4}}, {}),
+        ({'decoder': {'act': 6}}, {'decoder': {'weight': 4, 'act': 6}}),
+        (
+            {'decoder': {'weight': 6, 'act': 6}, 'encoder': {'weight': 8}},
+            {'encoder': {'weight': 8, 'act': 8}, 'decoder': {'weight': 6, 'act': 6}},
+        ),
+    ],
+)
+def test_bits_of_parts(parts, resolved):
+    config = parse_quant_config(GOOD | {'bits': BITS | parts}, 'here')
+    assert config.bits.resolved() == BITS | resolved
+    assert parse_quant_config(json.loads(json.dumps(config.plain())), 'again') == config
+
+
 def options(*words):
     """What the command line makes of `--quant-options`."""
     return parse_args(['model.py', 'recipe.yaml', '--quant-options', *words]).quant_options
@@ -208,6 +234,17 @@ def test_values_on_the_command_line():
     assert load_quant_config(recipe, options('reconstruction=None')).reconstruction is None
     without = load_quant_config(ROOT / 'exp' / 'mse' / 'w4a4.yaml', options('reconstruction.iters=5')).reconstruction
     assert without.iters == 5 and without.preset == 'fast', 'a recipe without the section gets it'
+
+
+def test_bits_of_a_part_on_the_command_line(tmp_path):
+    """Whether or not the recipe has bits for that part."""
+    plain, own = tmp_path / 'plain.yaml', tmp_path / 'own.yaml'
+    plain.write_text('algorithm: a\nbits: {weight: 4, act: 4}\n')
+    own.write_text('_base_: plain.yaml\nbits: {decoder: {weight: 6, act: 6}}\n')
+    bits = [load_quant_config(path, options('bits.decoder.act=8')).bits.resolved() for path in (plain, own)]
+    assert bits[0] == {'weight': 4, 'act': 4, 'decoder': {'weight': 4, 'act': 8}}
+    assert bits[1] == {'weight': 4, 'act': 4, 'decoder': {'weight': 6, 'act': 8}}
+    assert load_quant_config(own, options('bits.decoder=None')).bits.resolved() == {'weight': 4, 'act': 4}
 
 
 def test_base_files_and_overrides(tmp_path):

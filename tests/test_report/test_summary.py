@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ptqsam.config import parse_quant_config
-from ptqsam.report.summary import COLUMNS, align, result_table, rule_table, write_summary
+from ptqsam.report.summary import COLUMNS, align, result_table, rule_table, run_label, write_summary
 from ptqsam.solver.rules import Point, RuleBook
 
 POINTS = (
@@ -89,6 +89,51 @@ def test_bits_of_what_stays_in_floating_point_are_not_told(weight, act, label):
     assert table.splitlines()[1].startswith(f'{label}  ')
 
 
+W4A4, W6A8 = dict(weight=4, act=4), dict(weight=6, act=8)
+FOURS, DECODER = dict(weight={'4': 3}, act={'4': 2}), dict(weight={'6': 5}, act={'8': 7})
+
+
+@pytest.mark.parametrize(
+    ('bits', 'quantized', 'label'),
+    [
+        (
+            dict(decoder=W6A8),
+            dict(weight={'4': 3, '6': 5}, act={'4': 2, '8': 7}, decoder=DECODER),
+            'W4A4 (decoder W6A8)',
+        ),
+        (
+            dict(encoder=W4A4 | dict(act=6), decoder=W6A8),
+            dict(weight={'4': 3, '6': 5}, act={'6': 2, '8': 7}, encoder=FOURS | dict(act={'6': 2}), decoder=DECODER),
+            '(encoder W4A6, decoder W6A8)',
+        ),
+        # a rule of the encoder that has the decoder's bits
+        (
+            dict(decoder=W6A8),
+            dict(weight={'4': 3, '6': 6}, act={'4': 2, '8': 7}, decoder=DECODER),
+            'W4A4 (decoder W6A8) (rules: other bits)',
+        ),
+        # and a rule of the decoder that has the encoder's
+        (
+            dict(decoder=W6A8),
+            dict(weight={'4': 3, '6': 5}, act={'4': 3, '8': 6}, decoder=DECODER | dict(act={'4': 1, '8': 6})),
+            'W4A4 (decoder W6A8) (rules: other bits)',
+        ),
+        # the encoder, or what of the decoder, stays in floating point
+        (dict(decoder=W6A8), DECODER | dict(decoder=DECODER), '(decoder W6A8)'),
+        (dict(decoder=W6A8), FOURS | dict(decoder=dict(weight={}, act={})), 'W4A4'),
+        (
+            dict(decoder=W6A8),
+            FOURS | dict(act={'4': 2, '8': 7}, decoder=dict(weight={}, act={'8': 7})),
+            'W4A4 (decoder A8)',
+        ),
+    ],
+)
+def test_bits_of_parts_are_told(bits, quantized, label):
+    assert run_label('mse', W4A4 | bits, dict(points=9) | quantized) == f'mse {label}'
+    table = result_table(result(None, bits=W4A4 | bits, quantized=dict(points=9) | quantized))
+    assert table.splitlines()[1].startswith(f'mse {label}  ')
+
+
 def test_a_run_with_published_defects_is_stamped():
     broken = result(None, size_mb=dict(fp=40.5), compat=['soft_weights', 'keep_drop_prob'], violations=7)
     header, row, note = result_table(broken).splitlines()
@@ -119,11 +164,13 @@ def test_rule_table_counts_and_names_the_deciding_rule(rules):
 
 
 def test_arguments_are_part_of_what_a_rule_decides():
-    quantizer = dict(type='CAG', groups=8, features='bounds', progressive=False, sizes=[1, 2, 3, 4, 5])
-    rule = dict(match='*.input', quantizer=quantizer, observer=dict(type='Percentile', alpha=0.99))
+    quantizer = dict(type='CAG', groups=8, features='bounds', progressive=False)
+    rule = dict(
+        match='*.input', quantizer=quantizer, observer=dict(type='Percentile', percentile=[0.9, 0.99, 0.999, 0.9999, 1])
+    )
     book = RuleBook(parse_quant_config(dict(algorithm='test', bits=dict(weight=4, act=6), rules=[rule]), 'test'))
     book.decide(POINTS[0])
-    expected = 'CAG groups=8 features=bounds progressive=false sizes=[1 ... 5], 6 bit, Percentile alpha=0.99'
+    expected = 'CAG groups=8 features=bounds progressive=false, 6 bit, Percentile percentile=[0.9 ... 1]'
     assert expected in rule_table(book)
 
 

@@ -3,6 +3,8 @@
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ptqsam.config import parse_quant_config
 from ptqsam.errors import ConfigError
@@ -14,6 +16,11 @@ PATCH = Point('image_encoder.patch_embed.proj.weight', 'conv.weight', 'weight', 
 LIN2 = Point('image_encoder.blocks.0.mlp.lin2.input', 'mlp.lin2.input', 'act')
 QUERY = Point('image_encoder.blocks.0.attn.q', 'encoder.attn.q', 'act')
 NECK = Point('image_encoder.neck.0.input', 'conv.input', 'act')
+FINAL = 'mask_decoder.transformer.final_attn_token_to_image'
+KEY = Point(f'{FINAL}.k', 'decoder.token_to_image.k', 'act')
+KEY_WEIGHT = Point(f'{FINAL}.k_proj.weight', 'decoder.token_to_image.k_proj.weight', 'weight', 0)
+MASKS = Point('prompt_encoder.mask_downscaling.0.weight', 'conv.weight', 'weight', 0)
+OUTSIDE = Point('adapter.weight', 'linear.weight', 'weight', 0)
 
 
 def book(*rules, **extra):
@@ -151,3 +158,95 @@ def test_quantizer_of_an_excluded_place_is_checked_once_it_is_taken_in():
     assert not book(rule).decide(PATCH).enabled
     with pytest.raises(ConfigError, match='LNQ is for activations'):
         book(rule | {'enabled': True}).decide(PATCH)
+
+
+ENCODER, DECODER, OTHER = (SOFTMAX, WEIGHT), (KEY, KEY_WEIGHT, MASKS), (OUTSIDE,)
+PART_BITS = st.none() | st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(('weight', 'act'), st.none() | st.integers(2, 8))
+).filter(lambda section: any(section.values()))
+
+
+@given(st.fixed_dictionaries(dict(encoder=PART_BITS, decoder=PART_BITS)))
+def test_parts_have_their_own_bits_and_what_is_left_out_is_as_for_the_whole(parts):
+    whole = dict(weight=4, act=6)
+    rules = book(bits=whole | parts)
+    for part, points in dict(encoder=ENCODER, decoder=DECODER, outside=OTHER).items():
+        section = parts.get(part) or {}
+        for point in points:
+            own = section.get(point.kind)
+            choice = rules.decide(point)
+            assert choice.bits == (own or whole[point.kind])
+            if own and choice.enabled:
+                assert choice.rule == f'bits.{part}.{point.kind}'
+            else:
+                assert choice.rule.startswith('built-in ')
+            # the bits of a rule win over those of a part
+            assert book({'match': '*', 'bits': 3}, bits=whole | parts).decide(point).bits == 3
+
+
+def test_bits_of_a_part_are_told_where_no_rule_of_the_recipe_is():
+    rules = book(
+        {'match': '*.k', 'bits': 5},
+        {'match': '*.k_proj.weight', 'quantizer': {'type': 'LSQ'}},
+        bits={'weight': 4, 'act': 6, 'decoder': {'weight': 8, 'act': 7}, 'encoder': {'act': 3}},
+    )
+    told = {point: (rules.decide(point).bits, rules.choices[-1].rule) for point in (*ENCODER, *DECODER)}
+    assert told == {
+        SOFTMAX: (3, 'bits.encoder.act'),
+        WEIGHT: (4, "built-in '*'"),
+        KEY: (5, "rule 1 '*.k'"),
+        KEY_WEIGHT: (8, "rule 2 '*.k_proj.weight'"),
+        # what is left out is left out by a rule, whatever its bits would be
+        MASKS: (8, "built-in 'prompt_encoder.*'"),
+    }
+    counts = dict(rules.counts())
+    assert counts['bits.encoder.act'] == 1 and 'bits.encoder.weight' not in counts
+    assert (counts['bits.decoder.weight'], counts['bits.decoder.act']) == (2, 1)
+    # of what is quantized: those of a part once more by themselves
+    assert rules.bit_counts() == {
+        'points': 5,
+        'weight': {'4': 1, '8': 1},
+        'act': {'3': 1, '5': 1},
+        'encoder': {'weight': {'4': 1}, 'act': {'3': 1}},
+        'decoder': {'weight': {'8': 1}, 'act': {'5': 1}},
+    }
+    same = book(bits={'weight': 4, 'act': 6, 'decoder': {'weight': 4}})
+    same.decide(KEY_WEIGHT)
+    assert same.bit_counts() == {'points': 1, 'weight': {'4': 1}, 'act': {}}
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'message'),
+    [
+        (
+            {'rules': [{'match': PATCH.path, 'quantizer': {'type': 'Unifrom'}}]},
+            f"rule 1 '{PATCH.path}': unknown quantizer 'Unifrom' (did you mean 'Uniform'?)",
+        ),
+        (
+            {'rules': [{'match': '*.softmax', 'quantizer': {'type': 'AGQ'}, 'observer': {'type': 'MSEE'}}]},
+            "rule 1 '*.softmax': unknown observer 'MSEE' (did you mean 'MSE'?)",
+        ),
+        (
+            {'rules': [{'match': '*', 'observer': {'type': 'MSE'}}]}
+            | {'calibration': {'observer': {'act': {'type': 'X'}}}},
+            "calibration.observer.act: unknown observer 'X' (known: ",
+        ),
+        (
+            {'calibration': {'observer': {'weight': {'type': 'MinMax', 'alpha': 0.9}}}},
+            "calibration.observer.weight: MinMax has no argument 'alpha'; it takes none",
+        ),
+        (
+            {'calibration': {'observer': {'act': {'type': 'MSE', 'symmetric': True}}}},
+            "calibration.observer.act: 'symmetric' of MSE is that of the quantizer; leave it out",
+        ),
+        (
+            {'bits': {'weight': 4, 'act': 4, 'decoder': {'act': 8}}}
+            | {'calibration': {'observer': {'act': {'type': 'Percentile', 'percentile': 7}}}},
+            'calibration.observer.act: Percentile: 7 is not within (0.5, 1]',
+        ),
+    ],
+)
+def test_what_does_not_exist_is_refused_where_none_is_built(recipe, message):
+    with pytest.raises(ConfigError) as info:
+        book(**recipe)
+    assert str(info.value).startswith(message) and '\n' not in str(info.value)

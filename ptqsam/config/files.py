@@ -1,0 +1,97 @@
+"""Recipes from files: a misspelt key is an error that names the key that was meant."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from pydantic import BaseModel, ValidationError
+
+from ptqsam.config.recipe import QuantConfig
+from ptqsam.errors import ConfigError
+from ptqsam.yaml_files import check_yaml_chain
+
+
+def load_quant_config(path: str | Path, overrides: dict[str, Any] | None = None) -> QuantConfig:
+    """Read a recipe with its ``_base_`` files and check it.
+
+    Args:
+        path: YAML file.
+        overrides: dotted keys to values, as ``--quant-options`` gives them; checked under the same schema.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        ConfigError: file missing, not YAML, unknown key, wrong type, value out of range.
+    """
+    path = Path(path)
+    if path.suffix not in ('.yaml', '.yml') or not path.is_file():
+        raise ConfigError(f'{path}: no such recipe; recipes lie in exp/<algorithm>/<bits>.yaml')
+    check_yaml_chain(path.resolve())
+    try:
+        config = Config.fromfile(path, import_custom_modules=False)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f'{path}: does not fit its _base_ files, or uses a reserved key ({error})') from None
+    where = str(path)
+    if overrides:
+        try:
+            config.merge_from_dict(overrides)
+        except (TypeError, KeyError, IndexError) as error:
+            raise ConfigError(f'--quant-options: cannot apply {overrides} to {path} ({error})') from None
+        where += ' with --quant-options'
+    return parse_quant_config(config.to_dict(), where)
+
+
+def parse_quant_config(raw: dict[str, Any], where: str) -> QuantConfig:
+    """Check a recipe given as plain dicts.
+
+    Args:
+        raw: content of the YAML.
+        where: named in error messages.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range.
+    """
+    try:
+        return QuantConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f'{where}: {_explain(error)}') from None
+
+
+def _explain(error: ValidationError) -> str:
+    """First problem of a ValidationError in one line; unknown keys first, they often cause the others."""
+    problems = sorted(error.errors(), key=lambda p: p['type'] != 'extra_forbidden')
+    problem = problems[0]
+    key = '.'.join(str(part) for part in problem['loc'])
+    if problem['type'] == 'extra_forbidden':
+        known = _known_keys(problem['loc'][:-1])
+        close = difflib.get_close_matches(str(problem['loc'][-1]), known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f'known keys: {", ".join(known) or "none"}'
+        return f"unknown key '{key}' ({hint})"
+    if problem['type'] == 'missing':
+        return f"key '{key}' is missing"
+    if problem['type'] == 'too_short':
+        return f"key '{key}' is empty; name at least one glob"
+    # what a class of ours is called says nothing to the author of a recipe
+    message = re.sub(r' or instance of \w+$', '', problem['msg'].removeprefix('Value error, '))
+    if not key:  # said by the recipe as a whole
+        return message
+    return f"key '{key}': {message[0].lower() + message[1:]}, got {problem['input']!r}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the schema class at a place of the recipe."""
+    schema: Any = QuantConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = schema.model_fields[part].annotation
+        # tuple[Rule, ...] and Rule | None hold the class among their arguments
+        candidates = [annotation, *getattr(annotation, '__args__', ())]
+        schema = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(schema.model_fields)
