@@ -2,5 +2,13 @@
 
 from ptqsam.hooks.bimodal_integration import BimodalIntegration
 from ptqsam.hooks.condition_number import CondiQuant, ConditionNumberReduction
+from ptqsam.hooks.perceptual_clipping import PerceptualClipping
+from ptqsam.hooks.scale_reparameterization import ScaleReparameterization
 
-__all__ = ['BimodalIntegration', 'CondiQuant', 'ConditionNumberReduction']
+__all__ = [
+    'BimodalIntegration',
+    'CondiQuant',
+    'ConditionNumberReduction',
+    'PerceptualClipping',
+    'ScaleReparameterization',
+]

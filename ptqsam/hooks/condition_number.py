@@ -150,7 +150,8 @@ class ConditionHook(Hook, ABC):
                 self.change(path, bad[path], error, reports[path], loop)
             measure_outputs(loop, bad, reports)
             for quantizer in quantizers(loop.target):
-                quantizer.reset()
+                if not quantizer.locked:
+                    quantizer.reset()
         if is_main_process():
             write_conditions(loop.work_dir / FILES[0], reports)
             plot_conditions(loop.work_dir / FILES[1], reports, self.threshold)

@@ -67,6 +67,7 @@ class Quantizer(nn.Module, ABC):
         qmax: largest code.
         drop_prob: probability with which a value is quantized while reconstruction drops quantization at random
             (QDrop's name); 1 otherwise: everything is quantized.
+        locked: a solver hook has chosen the parameters; calibration leaves them, and quantizes with them meanwhile.
         whole: elements of the tensor that `forward` is being given in parts; None otherwise.
         published: compute as the released code does, defects included; set by the compat code before anything is
             observed. Only quantizers that have such a variant look at it.
@@ -108,6 +109,7 @@ class Quantizer(nn.Module, ABC):
         self.qmin, self.qmax = quant_range(bits, symmetric)
         self.path = ''
         self.drop_prob = 1.0
+        self.locked = False
         self.whole: int | None = None
         settings = dict(bits=bits, symmetric=symmetric, ch_axis=ch_axis)
         self.observer: Observer = build_part(OBSERVERS, **{'type': 'MinMax', **(observer or {}), **settings})
@@ -190,7 +192,7 @@ class Quantizer(nn.Module, ABC):
         """Forget parameters and statistics, and switch off."""
         self.observer.reset()
         self.scale.data, self.zero_point.data = self.scale.new_empty(0), self.zero_point.new_empty(0)
-        self._outdated = False
+        self._outdated = self.locked = False
         self._mode = 'off'
         self.drop_prob = 1.0
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ptqsam.functional import dequantize, drop_mask, fake_quantize, quantize
+from ptqsam.functional import choose_qparams, dequantize, drop_mask, fake_quantize, quantize
 from ptqsam.quantizers.base import Quantizer
 from ptqsam.registry import QUANTIZERS
 
@@ -11,6 +11,29 @@ from ptqsam.registry import QUANTIZERS
 @QUANTIZERS.register_module()
 class Uniform(Quantizer):
     """Equally spaced levels, zero among them; scale and zero point come from the observer. Args as in `Quantizer`."""
+
+    @torch.no_grad()
+    def lock(self, lo: Tensor, hi: Tensor) -> None:
+        """Quantize with a given range from now on; calibration does not change it any more.
+
+        Args:
+            lo: lower bound, 0-dim or (C,).
+            hi: upper bound, likewise.
+        """
+        self.lock_at(*choose_qparams(lo, hi, self.bits, self.symmetric))
+
+    @torch.no_grad()
+    def lock_at(self, scale: Tensor, zero_point: Tensor) -> None:
+        """As `lock`, with the parameters themselves, which a range would not always give to the bit.
+
+        Args:
+            scale: positive, float32, 0-dim or (C,).
+            zero_point: within the codes, int32, likewise.
+        """
+        # .data keeps the identity of a parameter that an optimiser may hold
+        self.scale.data, self.zero_point.data = scale, zero_point
+        self._outdated, self.locked = False, True
+        self.mode = 'quantize'
 
     def used_scale(self) -> Tensor:
         """The scale that the arithmetic uses, positive.

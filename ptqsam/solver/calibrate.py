@@ -59,9 +59,11 @@ def limit_boxes(data_sample: Any, max_boxes: int, rng: np.random.Generator) -> N
 def calibrate_activations(model: Any, target: nn.Module, batches: Iterable[Any], max_boxes: int, seed: int) -> None:
     """Observe activations of the float model and set the parameters of all activation quantizers.
 
+    Locked quantizers keep theirs and quantize what the others observe.
+
     Args:
         model: detector-prompted SAM with `test_step`.
-        target: the part of it that holds the quantizers, all of them `off`.
+        target: the part of it that holds the quantizers, all of them `off` but for locked ones.
         batches: data batches of one image each, prompt boxes attached.
         max_boxes: prompt boxes per image.
         seed: seed of the choice of boxes.
@@ -69,10 +71,13 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Iterable[Any],
     Raises:
         GateError: a quantizer saw NaN or infinity (named with the image), or no data at all.
     """
-    quantizers = act_quantizers(target)
-    for quantizer in quantizers:
-        quantizer.reset()
-        quantizer.mode = 'observe'
+    quantizers = [quantizer for quantizer in act_quantizers(target) if not quantizer.locked]
+    for quantizer in act_quantizers(target):
+        if quantizer.locked:
+            quantizer.mode = 'quantize'
+        else:
+            quantizer.reset()
+            quantizer.mode = 'observe'
     rng = np.random.default_rng(seed)
     for batch in progress(batches, 'calibrate', 'image'):
         for data_sample in batch['data_samples']:

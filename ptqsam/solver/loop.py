@@ -53,6 +53,8 @@ PREPARATION_FILES = (
     'big.png',
     'condition_number.csv',
     'condition_number.png',
+    'clipping.csv',
+    'clipping.png',
 )
 
 
@@ -363,7 +365,7 @@ class PTQLoop(TestLoop):
             model=options.model,
             quant=options.quant,
             algorithm=self.recipe.algorithm,
-            bits=self.recipe.bits.model_dump(),
+            bits=self.recipe.bits.resolved(),
             quantized=self.rules.bit_counts(),
             metrics=dict(self.metrics),
             size_mb=dict(self.size_mb),
