@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from ptqsam.config import UnitLevel
 from ptqsam.modules.base import QuantModule, qualified_name
-
-Level = Literal['layer', 'module', 'block', 'stage']
 
 
 @dataclass(frozen=True)
@@ -20,28 +19,38 @@ class UnitKind:
         positions: how a part of its input is drawn (`ptqsam.reconstruction.sampling`).
         channel_axis: axis of the channels in its output; None: 1 where its last operator is a convolution, else -1.
         ends_stage: whether a stage ends with this instance; None: instances do not form stages.
+        prompted: which output of the two-way transformer prompt-aware reconstruction looks at when this makes the
+            output of a segment: `QUERIES` or `IMAGE_TOKENS`; None: its own output is all there is to look at.
+        skipped: layer skipping leaves it out: it adds to what it gets, and keeps the shape.
     """
 
-    level: Level
+    level: UnitLevel
     positions: str = 'batch'
     channel_axis: int | None = None
     ends_stage: Callable[[Any], bool] | None = None
+    prompted: int | None = None
+    skipped: bool = False
 
 
+# outputs of the two-way transformer
+QUERIES, IMAGE_TOKENS = 0, 1
 _SAM = 'segment_anything.modeling'
 _TIMM = 'timm.models.tiny_vit'
+TWO_WAY_TRANSFORMER = f'{_SAM}.transformer.TwoWayTransformer'
 # float classes that are reconstructed as a whole, beside the quant modules (which say so by `positions`)
 _KINDS: dict[str, UnitKind] = {
     f'{_SAM}.image_encoder.PatchEmbed': UnitKind('block', channel_axis=-1),
-    f'{_SAM}.image_encoder.Block': UnitKind('block', ends_stage=lambda block: block.window_size == 0),
-    f'{_SAM}.transformer.TwoWayAttentionBlock': UnitKind('block'),
+    f'{_SAM}.image_encoder.Block': UnitKind(
+        'block', ends_stage=lambda block: block.window_size == 0, prompted=IMAGE_TOKENS, skipped=True
+    ),
+    f'{_SAM}.transformer.TwoWayAttentionBlock': UnitKind('block', prompted=QUERIES),
     f'{_TIMM}.PatchEmbed': UnitKind('block'),
     f'{_TIMM}.ConvNorm': UnitKind('module', 'crop'),
     f'{_TIMM}.MBConv': UnitKind('module', 'crop'),
     f'{_TIMM}.PatchMerging': UnitKind('module', 'crop'),
-    f'{_TIMM}.TinyVitBlock': UnitKind('block', channel_axis=-1),
-    f'{_TIMM}.ConvLayer': UnitKind('stage', 'crop'),
-    f'{_TIMM}.TinyVitStage': UnitKind('stage', channel_axis=1),
+    f'{_TIMM}.TinyVitBlock': UnitKind('block', channel_axis=-1, prompted=IMAGE_TOKENS, skipped=True),
+    f'{_TIMM}.ConvLayer': UnitKind('stage', 'crop', prompted=IMAGE_TOKENS),
+    f'{_TIMM}.TinyVitStage': UnitKind('stage', channel_axis=1, prompted=IMAGE_TOKENS),
 }
 
 

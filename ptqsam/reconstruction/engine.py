@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ptqsam.config import QuantConfig, Reconstruction
+from ptqsam.config import PartName, QuantConfig, Reconstruction
 from ptqsam.errors import ConfigError
 from ptqsam.evaluation.quantization_error import QuantizationError, error_from_sums, error_sums
 from ptqsam.fileio import atomic_path
@@ -23,9 +23,11 @@ from ptqsam.modules.walk import act_quantizers, original_weights, quantizers, we
 from ptqsam.progress import progress_bar
 from ptqsam.quantizers import Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
-from ptqsam.reconstruction.optimise import Optimiser, Outcome, UnitData, reset_drop_prob
+from ptqsam.reconstruction.optimise import Optimiser, Outcome, UnitData, is_prompt_aware, reset_drop_prob
+from ptqsam.reconstruction.prompts import PromptPath
+from ptqsam.reconstruction.sampling import Draw
 from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
-from ptqsam.reconstruction.units import Segment, Unit, find_segments
+from ptqsam.reconstruction.units import Segment, Unit, find_parts
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,11 @@ class Reconstructor:
         self.target = target
         self.recipe = recipe
         self.settings: Reconstruction = recipe.reconstruction
-        self.samples = samples
         self.prompted = [sample for sample in samples if len(sample.boxes)]
         if not self.prompted:
             raise ConfigError('reconstruction: none of the calibration images has a prompt box; draw more images')
+        # what prompts make of an image shows where there are some
+        self.samples = self.prompted if is_prompt_aware(self.settings) else samples
         self.new_cache = new_cache
         self.folder = folder
         self.origin = origin
@@ -88,16 +91,19 @@ class Reconstructor:
         for quantizer in quantizers(self.target):
             quantizer.mode = 'off'
         parts = self.find_parts()
-        units = [unit for part in parts for segment in part for unit in segment.units]
+        units = [unit for part in parts.values() for segment in part for unit in segment.units]
         if not units:
             raise ConfigError(
                 'reconstruction: no weight is quantized, so there is nothing to learn; leave the section out, or '
                 'enable weights with a rule'
             )
         self.numbers = {unit: number for number, unit in enumerate(units)}
-        with progress_bar(len(units) * self.settings.iters, 'reconstruct', 'iteration') as self.bar:
+        own = {part: self.settings.of(part) for part in parts}
+        self.of_unit = {unit: own[part] for part in parts for segment in parts[part] for unit in segment.units}
+        total = sum(settings.iters for settings in self.of_unit.values())
+        with progress_bar(total, 'reconstruct', 'iteration') as self.bar:
             encoders = [partial(self.model.encode, sample.image) for sample in self.samples]
-            plain, quantized = self.run_part(parts[0], encoders, encoders)
+            plain, quantized = self.run_part(parts['encoder'], encoders, encoders, self.follow_encoder)
             decoders = [
                 [
                     partial(self.model.decode_logits, embedding, sample.boxes)
@@ -106,18 +112,28 @@ class Reconstructor:
                 ]
                 for embeddings in (plain, quantized)
             ]
-            self.run_part(parts[1], *decoders)
+            self.run_part(parts['decoder'], decoders[0], decoders[1], partial(self.follow_decoder, quantized))
         for quantizer in quantizers(self.target):
             quantizer.mode = 'quantize'
 
+    def follow_encoder(self, index: int, draw: Draw) -> Any:
+        """Run the model on an image and all of its boxes."""
+        sample = self.samples[index]
+        return self.model.decode_logits(self.model.encode(sample.image), sample.boxes)
+
+    def follow_decoder(self, embeddings: Sequence[Tensor], index: int, draw: Draw) -> Any:
+        """Run the decoder on an image and the boxes that were drawn."""
+        (boxes,) = draw.inputs((self.samples[index].boxes,))
+        return self.model.decode_logits(embeddings[index], boxes)
+
     @torch.no_grad()
-    def find_parts(self) -> list[list[Segment]]:
+    def find_parts(self) -> dict[PartName, list[Segment]]:
         """Segments of the encoder and of the decoder."""
         sample = self.prompted[0]
         embeddings: list[Tensor] = []
-        return find_segments(
+        return find_parts(
             self.target,
-            self.settings.unit,
+            self.settings,
             [
                 lambda: embeddings.append(self.model.encode(sample.image)),
                 lambda: self.model.decode_logits(embeddings[0], sample.boxes),
@@ -129,6 +145,7 @@ class Reconstructor:
         segments: Sequence[Segment],
         plain_forwards: Sequence[Callable[[], Any]],
         quantized_forwards: Sequence[Callable[[], Any]],
+        follow: Callable[[int, Draw], Any],
     ) -> tuple[list[Any], list[Any]]:
         """Reconstruct a chain of segments.
 
@@ -136,6 +153,7 @@ class Reconstructor:
             segments: in the order of execution.
             plain_forwards: one per image, with what the float model gives.
             quantized_forwards: one per image, with what the quantized model gives.
+            follow: runs the model on an image to its masks, for units that are followed to their prompted tokens.
 
         Returns:
             What the forwards return in the float and in the quantized model, per image.
@@ -145,32 +163,41 @@ class Reconstructor:
                 with original_weights(self.target):
                     plain_results = [forward() for forward in plain_forwards]
                 return plain_results, [forward() for forward in quantized_forwards]
-            with original_weights(self.target):
-                plain = Stream(plain_forwards, segments, self.new_cache)
             quantized = Stream(quantized_forwards, segments, self.new_cache)
+            plain = quantized
+            if not self.settings.drift_correction:
+                with original_weights(self.target):
+                    plain = Stream(plain_forwards, segments, self.new_cache)
         results: tuple[list[Any], list[Any]] = ([], [])
         for segment in segments:
-            results = self.run_segment(segment, plain, quantized)
+            results = self.run_segment(segment, plain, quantized, follow)
         return results
 
-    def run_segment(self, segment: Segment, plain: Stream, quantized: Stream) -> tuple[list[Any], list[Any]]:
+    def run_segment(
+        self, segment: Segment, plain: Stream, quantized: Stream, follow: Callable[[int, Draw], Any]
+    ) -> tuple[list[Any], list[Any]]:
         """Reconstruct the units of a segment and bring both streams behind it.
 
         Args:
             segment: the current one of both streams.
-            plain: stream of the float model.
+            plain: stream of the float model; with drift correction the other one.
             quantized: stream of the quantized model, everything before the segment hardened.
+            follow: as in `run_part`.
 
         Returns:
             What the forwards return in the float and in the quantized model, per image; empty before the last segment.
         """
         open_units = [unit for unit in segment.units if not self.restorable(unit)]
-        data = {unit: UnitData(self.new_cache) for unit in open_units}
+        data = {unit: UnitData(self.new_cache, self.path_of(unit, quantized, follow)) for unit in open_units}
         # no weight of the segment is hard yet: with its quantizers off, and without what hooks made of its weights, it
         # is the float model; so is what lies between it and the next one
         self.switch(segment, on=False)
         with original_weights(self.target):
-            plain_results = plain.advance(partial(self.record, plain, data))
+            if plain is not quantized:
+                plain_results = plain.advance(partial(self.record, plain, data))
+            elif data:
+                for index in range(len(plain.forwards)):
+                    self.record(plain, data, index)
         self.switch(segment, on=True)
         for unit in segment.units:
             before = {path: op.weight if op.original is None else op.original for path, op in unit.ops.items()}
@@ -184,7 +211,12 @@ class Reconstructor:
                 )
                 op.original = None  # nothing is compared with it any more
         torch.manual_seed(self.seed_of(segment))
-        return plain_results, quantized.advance(quantized.run)
+        results = quantized.advance(quantized.run)
+        return results if plain is quantized else plain_results, results
+
+    def path_of(self, unit: Unit, stream: Stream, follow: Callable[[int, Draw], Any]) -> PromptPath | None:
+        """How a unit is followed to its prompted tokens, if it is."""
+        return None if unit.prompted is None else PromptPath(self.target, stream, follow, unit)
 
     def switch(self, segment: Segment, on: bool) -> None:
         """Turn the quantizers of a segment on or off; those of activations only where they take part."""
@@ -227,7 +259,7 @@ class Reconstructor:
         torch.manual_seed(seed)  # with a compat switch the units before this one still drop at random
         for index in range(len(stream.forwards)):
             data.add_quantized(stream.run_until(unit, index))
-        optimiser = Optimiser(unit, data, self.settings, self.recipe.compat, seed)
+        optimiser = Optimiser(unit, data, self.of_unit[unit], self.recipe.compat, seed)
         outcome = optimiser.run(partial(self.after_iteration, unit))
         data.clear()
         self.commit(unit, outcome)
@@ -288,4 +320,4 @@ class Reconstructor:
             quantizer.load_state_dict({name: tensors[f'{quantizer.path}.{name}'] for name in names})
         reset_drop_prob(unit, self.settings, self.recipe.compat)
         self.outcomes[unit.name] = Outcome(**facts, losses=tensors['losses'])
-        self.bar.update(self.settings.iters)
+        self.bar.update(self.of_unit[unit].iters)

@@ -1,8 +1,9 @@
 """What a reconstruction costs, from shapes alone: room for activations, work and memory of an iteration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ptqsam.config import Reconstruction
+from ptqsam.config import PartName, Reconstruction
 from ptqsam.estimate import Work, measure_work
-from ptqsam.modules.unit_kinds import Level
 from ptqsam.reconstruction.cache import entry_bytes
-from ptqsam.reconstruction.sampling import batch_share, draw_positions
-from ptqsam.reconstruction.streams import Arguments, captured
-from ptqsam.reconstruction.units import Segment, Unit, find_segments
+from ptqsam.reconstruction.prompts import PromptPath, two_way_transformer
+from ptqsam.reconstruction.sampling import Draw, batch_share, draw_positions
+from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
+from ptqsam.reconstruction.units import Segment, Unit, find_parts
 
 # What an iteration adds to the forward and backward pass of the float unit: no matrix products, but as many bytes again
 # for quantizing, dropping and comparing, and the memory that this takes. Against CPU time on one thread, MobileSAM at
@@ -35,32 +36,83 @@ class Step:
         unit: its name.
         work: forward and backward pass of the float unit on the positions of an iteration.
         weights: number of its weights.
+        iters: iterations.
+        part: of SAM.
+        path: what forward and backward pass from the unit to its prompted tokens add; None: it is not followed.
     """
 
     unit: str
     work: Work
     weights: int
+    iters: int
+    part: PartName = 'encoder'
+    path: Work | None = None
 
     @property
     def total(self) -> Work:
         """With everything that reconstruction adds."""
         traffic = self.work.traffic * (1 + ADDED_TRAFFIC) + WEIGHT_PASSES * 4 * self.weights
-        return Work(self.work.flops, round(traffic), round(self.work.peak * (1 + ADDED_MEMORY)))
+        path = self.path or Work(0, 0, 0)
+        peak = self.work.peak * (1 + ADDED_MEMORY) + path.peak
+        return Work(self.work.flops + path.flops, round(traffic) + path.traffic, round(peak))
 
 
-def cache_bytes(model: Any, target: nn.Module, level: Level, samples: Sequence[Any], dtype: str = 'float32') -> int:
+class _Standing(Stream):
+    """Stands at a segment for one image, without the activations of a stream."""
+
+    def __init__(self, segments: Sequence[Segment], position: int, outputs: Sequence[Any]) -> None:
+        self.segments = segments
+        self.position = position
+        self.placeholders = [list(outputs[:position])]
+
+
+@dataclass(frozen=True)
+class _PartOfSAM:
+    """A chain of segments, and how it is run on the image that stands for all.
+
+    Attributes:
+        name: which part.
+        segments: in the order of execution.
+        forward: runs that part, without gradients.
+        follow: runs the model to its masks, with gradients, as `PromptPath` wants it.
+    """
+
+    name: PartName
+    segments: list[Segment]
+    forward: Callable[[], Any]
+    follow: Callable[[int, Draw], Any]
+
+
+def cache_bytes(model: Any, target: nn.Module, settings: Reconstruction, samples: Sequence[Any]) -> int:
     """Largest size of all activation caches together, over the course of a reconstruction.
 
     Args:
         model: detector-prompted SAM with `encode` and `decode_logits`, on any device, the meta device too.
         target: the SAM in it, with quant modules.
-        level: unit level.
+        settings: of the reconstruction.
         samples: calibration images with `image` and `boxes`; the one with most boxes stands for all.
-        dtype: of the stored values.
     """
-    sizes = []
-    for segments, forward in _parts(model, target, level, samples):
-        sizes += _segment_bytes(segments, forward, getattr(torch, dtype))
+    dtype = getattr(torch, settings.cache.dtype)
+    parts = list(_parts(model, target, settings, samples))
+    followed = any(unit.prompted is not None for part in parts for segment in part.segments for unit in segment.units)
+    # bytes of what leaves the two-way transformer
+    prompted: list[int] = []
+
+    def note(_: nn.Module, args: Any, output: Any) -> None:
+        prompted.extend(entry_bytes([tokens], dtype) for tokens in output)
+
+    handle = two_way_transformer(target).register_forward_hook(note) if followed else None
+    try:
+        notes = [_note_sizes(part.segments, part.forward, dtype) for part in parts]
+    finally:
+        if handle is not None:
+            handle.remove()
+    streams = 1 if settings.drift_correction else 2
+    sizes = [
+        size
+        for part, (own, made) in zip(parts, notes, strict=True)
+        for size in _segment_bytes(part.segments, own, made, prompted, streams)
+    ]
     return len(samples) * max(sizes, default=0)
 
 
@@ -74,68 +126,108 @@ def iteration_steps(model: Any, target: nn.Module, settings: Reconstruction, sam
         samples: calibration images with `image` and `boxes`; the one with most boxes stands for all.
     """
     steps = []
-    for segments, forward in _parts(model, target, settings.unit, samples):
-        units = [unit for segment in segments for unit in segment.units]
+    for part in _parts(model, target, settings, samples):
+        units = {unit: place for place, segment in enumerate(part.segments) for unit in segment.units}
         with ExitStack() as stack:
             calls = {unit: stack.enter_context(captured(unit.first)) for unit in units}
-            forward()
-        for unit in units:
-            work = _step_work(unit, Arguments.of(calls[unit][0]), settings, len(samples))
-            steps.append(Step(unit.name, work, sum(op.weight.numel() for op in unit.ops.values())))
+            outputs = [stack.enter_context(returned(segment.last)) for segment in part.segments]
+            part.forward()
+        own = settings.of(part.name)
+        for unit, place in units.items():
+            arguments, path, added = Arguments.of(calls[unit][0]), None, None
+            work = _step_work(unit, arguments, own, len(samples), None)
+            if unit.prompted is not None:
+                standing = _Standing(part.segments, place, [found[0] for found in outputs])
+                path = PromptPath(target, standing, part.follow, unit)
+                whole = _step_work(unit, arguments, own, len(samples), path)
+                added = Work(whole.flops - work.flops, whole.traffic - work.traffic, whole.peak - work.peak)
+            weights = sum(op.weight.numel() for op in unit.ops.values())
+            steps.append(Step(unit.name, work, weights, own.iters, part.name, added))
     return steps
 
 
-def _parts(model: Any, target: nn.Module, level: Level, samples: Sequence[Any]) -> Iterator[tuple[list[Segment], Any]]:
-    """Segments of the encoder and of the decoder, and how each is run."""
+def _parts(model: Any, target: nn.Module, settings: Reconstruction, samples: Sequence[Any]) -> Iterator[_PartOfSAM]:
+    """Encoder and decoder."""
     sample = max(samples, key=lambda sample: len(sample.boxes))
     embeddings: list[Tensor] = []
+
+    def follow_encoder(index: int, draw: Draw) -> Any:
+        return model.decode_logits(model.encode(sample.image), sample.boxes)
+
+    def follow_decoder(index: int, draw: Draw) -> Any:
+        return model.decode_logits(embeddings[0], *draw.inputs((sample.boxes,)))
+
     forwards = [
-        lambda: embeddings.append(model.encode(sample.image)),
-        lambda: model.decode_logits(embeddings[0], sample.boxes),
+        torch.no_grad()(lambda: embeddings.append(model.encode(sample.image))),
+        torch.no_grad()(lambda: model.decode_logits(embeddings[0], sample.boxes)),
     ]
-    without_gradients = [torch.no_grad()(forward) for forward in forwards]
-    yield from zip(find_segments(target, level, without_gradients), without_gradients, strict=True)
+    found = find_parts(target, settings, forwards)
+    for (name, segments), forward, follow in zip(
+        found.items(), forwards, (follow_encoder, follow_decoder), strict=True
+    ):
+        yield _PartOfSAM(name, segments, forward, follow)
 
 
-def _segment_bytes(segments: Sequence[Segment], forward: Any, dtype: torch.dtype) -> list[int]:
-    """Bytes that all caches take per image while each segment is the current one.
+def _note_sizes(
+    segments: Sequence[Segment], forward: Callable[[], Any], dtype: torch.dtype
+) -> tuple[dict[Unit, int], dict[Unit, int]]:
+    """Bytes of the inputs and of the outputs of segments and units for one image.
 
     Args:
-        segments: of one part of the model, in the order of execution.
-        forward: runs that part, for one image.
+        segments: of one part of the model.
+        forward: runs that part.
         dtype: of the stored values.
     """
-    own: dict[Any, int] = {}
-    made: dict[Any, int] = {}
+    own: dict[Unit, int] = {}
+    made: dict[Unit, int] = {}
+
+    # sizes, not tensors: those of a whole encoder would not fit
+    def note_input(thing: Unit, _: nn.Module, args: Any, kwargs: Any) -> None:
+        own[thing] = entry_bytes(_tensors((args, kwargs)), dtype)
+
+    def note_output(thing: Unit, _: nn.Module, args: Any, output: Any) -> None:
+        made[thing] = entry_bytes(_tensors(output), dtype)
+
     handles = []
     for thing in [thing for segment in segments for thing in (segment, *segment.units)]:
-        # sizes, not tensors: those of a whole encoder would not fit
-
-        def note_input(_: nn.Module, args: Any, kwargs: Any, thing: Unit = thing) -> None:
-            own[thing] = entry_bytes(_tensors((args, kwargs)), dtype)
-
-        def note_output(_: nn.Module, args: Any, output: Any, thing: Unit = thing) -> None:
-            made[thing] = entry_bytes(_tensors(output), dtype)
-
-        handles.append(thing.first.register_forward_pre_hook(note_input, with_kwargs=True))
-        handles.append(thing.last.register_forward_hook(note_output))
+        handles.append(thing.first.register_forward_pre_hook(partial(note_input, thing), with_kwargs=True))
+        handles.append(thing.last.register_forward_hook(partial(note_output, thing)))
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
-    sizes = []
+    return own, made
+
+
+def _segment_bytes(
+    segments: Sequence[Segment], own: dict[Unit, int], made: dict[Unit, int], prompted: Sequence[int], streams: int
+) -> Iterator[int]:
+    """Bytes that all caches take per image while each segment is the current one.
+
+    Args:
+        segments: of one part of the model, in the order of execution.
+        own: bytes of inputs.
+        made: bytes of outputs.
+        prompted: bytes of what leaves the two-way transformer, which units that are followed to it have among targets.
+        streams: 2, or 1 where the float model has none of its own.
+    """
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
-        units = sum(own[unit] + made[unit] for unit in segment.units)
+        tokens = sum(prompted[unit.prompted] for unit in segment.units if unit.prompted is not None)
+        units = sum(own[unit] + made[unit] for unit in segment.units) + tokens
         largest = max((own[unit] for unit in segment.units), default=0)
         ahead = own[following] if following is not None else 0
-        # both streams stand before the segment, the float one behind it as well
-        sizes.append(2 * own[segment] + 2 * ahead + units + largest)
-    return sizes
+        # the streams stand before the segment, the float one behind it as well
+        yield streams * (own[segment] + ahead) + units + largest
 
 
-def _step_work(unit: Unit, arguments: Arguments, settings: Reconstruction, images: int) -> Work:
-    """Forward and backward pass of a float unit on the positions of an iteration; meta tensors only."""
+def _step_work(
+    unit: Unit, arguments: Arguments, settings: Reconstruction, images: int, path: PromptPath | None
+) -> Work:
+    """Forward and backward pass of a float unit, and of the path if there is one, on the positions of an iteration.
+
+    Meta tensors only.
+    """
     size, share = batch_share(settings, images)
     draw = draw_positions(unit, [x.shape for x in arguments.tensors], share, np.random.default_rng(0))
     inputs = [torch.cat([x] * size) for x in draw.inputs(tuple(arguments.tensors))]
@@ -143,6 +235,9 @@ def _step_work(unit: Unit, arguments: Arguments, settings: Reconstruction, image
     def step() -> None:
         args, kwargs = Arguments.restore(inputs, arguments.layout)
         outputs = tree_leaves(unit(*args, **kwargs, **draw.arguments))
+        if path is not None:
+            per_image = zip(*(output.chunk(size) for output in outputs), strict=True)
+            outputs = [*outputs, *(path(0, own, draw) for own in per_image)]
         losses = [(x - torch.empty(x.shape)).square().mean() for x in outputs]
         torch.stack(losses).sum().backward()
 

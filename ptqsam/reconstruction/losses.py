@@ -1,10 +1,14 @@
 """How far the outputs of a quantized unit are from those of the float unit."""
 
 from collections.abc import Sequence
+from math import isfinite
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptqsam.errors import ConfigError
+from ptqsam.modules.unit_kinds import QUERIES
 from ptqsam.registry import RECON_LOSSES
 
 
@@ -16,6 +20,9 @@ class SquaredError:
     the iteration, and is called once per output (D4); and it sums over axis 1, which is channels only for
     (B, C, H, W) (D5).
     """
+
+    # whether units are followed to the tokens that have met the prompts (ptqsam/reconstruction/prompts.py)
+    prompt_aware: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -42,6 +49,77 @@ class SquaredError:
             raise ValueError(f'valid positions belong to a single output, but there are {len(outputs)}')
         terms = [_term(*pair, valid) for pair in zip(outputs, targets, channel_axes, strict=True)]
         return sum(terms[1:], start=terms[0])
+
+
+@RECON_LOSSES.register_module()
+class PromptAware(SquaredError):
+    """Squared error of what the prompts make of a unit's output (PAR of SAQ-SAM). Methods.md 4.2.
+
+    With ``prompted`` the error of the tokens that leave the two-way transformer (image tokens for a stage of the
+    encoder, final queries for a layer of that transformer), the loss of a stage is ``alpha * prompted + stage * r *
+    output``, r the ratio of the mean squares of both targets, that of a layer ``alpha * prompted + beta *
+    (queries_weight * queries + keys)``. Other units (neck, final attention) have the squared error of their output.
+
+    The paper has the stage's own error in the loss of the encoder, the released code computes it and leaves it out.
+
+    Args:
+        alpha: weight of the prompted tokens, above 0. Default 1.
+        beta: weight of the outputs of a layer of the two-way transformer. Default 1.
+        queries_weight: weight of the queries among them. Default 0.01.
+        stage: weight of the output of a stage of the encoder. Default 1; the released code: 0.
+
+    Raises:
+        ConfigError: a weight that is no number from 0 on.
+    """
+
+    prompt_aware = True
+
+    def __init__(self, alpha: float = 1.0, beta: float = 1.0, queries_weight: float = 0.01, stage: float = 1.0) -> None:
+        weights = dict(alpha=alpha, beta=beta, queries_weight=queries_weight, stage=stage)
+        for name, value in weights.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not isfinite(value) or value < 0 or (name == 'alpha' and value == 0):
+                least = 'above 0' if name == 'alpha' else 'from 0 on'
+                raise ConfigError(f'PromptAware: {name} is {value!r}, but must be a number {least}')
+        self.alpha, self.beta, self.queries_weight, self.stage = alpha, beta, queries_weight, stage
+
+    def __call__(
+        self,
+        outputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        channel_axes: Sequence[int],
+        valid: Tensor | None = None,
+        prompted: int | None = None,
+    ) -> Tensor:
+        """Loss of one iteration.
+
+        Args:
+            outputs: of the quantized unit and, if it is followed, the prompted tokens as the last one.
+            targets: of the float unit, same shapes.
+            channel_axes: channel axis of each output.
+            valid: as in `SquaredError`.
+            prompted: which output of the two-way transformer the prompted tokens are; None: the unit is not followed.
+
+        Returns:
+            0-dim.
+        """
+        if prompted is None:
+            return super().__call__(outputs, targets, channel_axes, valid)
+        terms = list(zip(outputs, targets, channel_axes, strict=True))
+        *own, tokens = (_term(*term, None) for term in terms)
+        if prompted == QUERIES:
+            queries, keys = own
+            return self.alpha * tokens + self.beta * (self.queries_weight * queries + keys)
+        if not self.stage:
+            return self.alpha * tokens
+        # features and tokens differ in size by orders of magnitude; so, equal relative errors count the same
+        size, *_, tokens_size = (_energy(target, axis) for _, target, axis in terms)
+        return self.alpha * tokens + self.stage * (tokens_size / size.clamp(min=1e-30)) * own[0]
+
+
+def _energy(x: Tensor, axis: int) -> Tensor:
+    """Squares, summed over channels and averaged over everything else."""
+    return x.float().square().mean() * x.shape[axis]
 
 
 def _term(output: Tensor, target: Tensor, axis: int, valid: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from ptqsam.functional import drop_mask, mix
 from ptqsam.modules import QuantOp
 from ptqsam.quantizers import LSQ, Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
+from ptqsam.reconstruction.prompts import PromptPath
 from ptqsam.reconstruction.rounding import SoftRounding, regulariser_weight, temperature
 from ptqsam.reconstruction.sampling import Draw, batch_share, draw_positions
 from ptqsam.reconstruction.scales import merge_scales, scale_groups
@@ -43,11 +44,14 @@ class UnitData:
         plain: inputs in the float model.
         targets: outputs in the float model.
         shapes: of the tensors of every input.
-        output_shapes: of the outputs for the first image.
+        output_shapes: of the targets for the first image.
         layout: how the tensors of an input make up the arguments of the unit.
+        path: from the outputs of the unit to the prompted tokens, which then are the last of the targets; None: the
+            loss looks at the unit's own outputs.
     """
 
-    def __init__(self, new_cache: Callable[[], ActivationCache]) -> None:
+    def __init__(self, new_cache: Callable[[], ActivationCache], path: PromptPath | None = None) -> None:
+        self.path = path
         self.quantized, self.plain, self.targets = new_cache(), new_cache(), new_cache()
         self.shapes: list[list[torch.Size]] = []
         self.output_shapes: list[torch.Size] = []
@@ -55,6 +59,8 @@ class UnitData:
 
     def add_plain(self, arguments: Arguments, outputs: Sequence[Tensor]) -> None:
         """Add input and outputs of an image in the float model."""
+        if self.path is not None:
+            outputs = [*outputs, self.path(len(self.targets), outputs, Draw())]
         self.plain.append(arguments.tensors)
         self.targets.append(outputs)
         self.output_shapes = self.output_shapes or [tensor.shape for tensor in outputs]
@@ -92,12 +98,22 @@ class Outcome:
 
 @dataclass
 class Batch:
-    """Activations of one iteration; `plain` is also what tells padding."""
+    """Activations of one iteration.
+
+    Attributes:
+        quantized: inputs in the quantized model.
+        plain: inputs in the float model; they also tell padding.
+        targets: what the outputs should be.
+        drawn: images, and positions of each.
+        sizes: entries of each image on the first axis of the targets.
+        valid: positions that count, None for all.
+    """
 
     quantized: list[Tensor]
     plain: list[Tensor]
     targets: list[Tensor]
-    arguments: dict[str, Any]
+    drawn: list[tuple[int, Draw]]
+    sizes: list[int]
     valid: Tensor | None
 
 
@@ -111,6 +127,11 @@ def make_loss(settings: Reconstruction) -> Any:
         ConfigError: unknown loss, or arguments that it refuses.
     """
     return build_part(RECON_LOSSES, settings.loss.type, **settings.loss.kwargs())
+
+
+def is_prompt_aware(settings: Reconstruction) -> bool:
+    """Whether some part of SAM is reconstructed with a loss that follows units to their prompted tokens."""
+    return any(getattr(make_loss(settings.of(part)), 'prompt_aware', False) for part in settings.parts)
 
 
 class Optimiser:
@@ -256,7 +277,8 @@ class Optimiser:
         masks = [draw.valid(part[1]) for (_, draw), part in zip(drawn, parts, strict=True)]
         present = [mask for mask in masks if mask is not None]
         valid = torch.cat(present) if present else None
-        return Batch(quantized, plain, targets, drawn[0][1].arguments, valid)
+        sizes = [len(part[2][0]) for part in parts]
+        return Batch(quantized, plain, targets, drawn, sizes, valid)
 
     def step_loss(self, batch: Batch) -> Tensor:
         """Reconstruction loss of an iteration."""
@@ -266,24 +288,37 @@ class Optimiser:
                 mix(drop_mask(q, self.settings.drop_prob), q, plain) if q.is_floating_point() else q
                 for q, plain in zip(batch.quantized, batch.plain, strict=True)
             ]
-        outputs, targets = self.run_unit(inputs, batch.arguments), batch.targets
+        outputs, targets = self.run_unit(inputs, batch.drawn, batch.sizes), batch.targets
         if self.compat.loss_dim1:
             # A sum over dimension 1 of all positions is the sum over channels times this ratio. Positions that were
             # drawn have lost that dimension, so the ratio is what can be reproduced for all of them.
-            ratios = [(shape[1] / shape[self.unit.channel_axis]) ** 0.5 for shape in self.data.output_shapes]
+            pairs = zip(self.data.output_shapes, self.channel_axes(len(outputs)), strict=True)
+            ratios = [(shape[1] / shape[axis]) ** 0.5 for shape, axis in pairs]
             outputs = [output * ratio for output, ratio in zip(outputs, ratios, strict=True)]
             targets = [target * ratio for target, ratio in zip(targets, ratios, strict=True)]
         return self.compare(outputs, targets, batch.valid)
 
-    def run_unit(self, inputs: Sequence[Tensor], arguments: dict[str, Any]) -> list[Tensor]:
-        """Outputs of the unit.
+    def run_unit(self, inputs: Sequence[Tensor], drawn: Sequence[tuple[int, Draw]], sizes: list[int]) -> list[Tensor]:
+        """Outputs of the unit and, if it is followed, the prompted tokens that they lead to.
 
         Args:
-            inputs: tensors of its arguments.
-            arguments: further ones, from the draw.
+            inputs: tensors of its arguments, of all images of a batch.
+            drawn: these images, and positions of each.
+            sizes: entries of each image on the first axis of the outputs.
         """
         args, kwargs = Arguments.restore(inputs, self.data.layout)
-        return tree_leaves(self.unit(*args, **kwargs, **arguments))
+        outputs = tree_leaves(self.unit(*args, **kwargs, **drawn[0][1].arguments))
+        path = self.data.path
+        if path is None:
+            return outputs
+        per_image = zip(*(output.split(sizes) for output in outputs), strict=True)
+        tokens = [path(index, own, draw) for (index, draw), own in zip(drawn, per_image, strict=True)]
+        return [*outputs, tokens[0] if len(tokens) == 1 else torch.cat(tokens)]
+
+    def channel_axes(self, count: int) -> list[int]:
+        """Channel axis of each of so many targets; prompted tokens are (boxes, tokens, C)."""
+        own = count - (self.data.path is not None)
+        return [self.unit.channel_axis] * own + [-1] * (count - own)
 
     def compare(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], valid: Tensor | None) -> Tensor:
         """Loss between outputs of the unit and what they should be, one call for all of them.
@@ -293,7 +328,9 @@ class Optimiser:
             targets: of the float unit, same shapes.
             valid: positions that count, None for all.
         """
-        return self.loss(outputs, targets, [self.unit.channel_axis] * len(outputs), valid)
+        # a loss that knows nothing of prompts need not take the argument
+        prompted = {} if self.data.path is None else {'prompted': self.unit.prompted}
+        return self.loss(outputs, targets, self.channel_axes(len(outputs)), valid, **prompted)
 
     @torch.no_grad()
     def error(self) -> float:
@@ -303,7 +340,8 @@ class Optimiser:
         for index in range(count):
             draw = draw_positions(self.unit, self.data.shapes[index], None, np.random.default_rng(0))
             inputs, plain, targets = (cache.get(index, select) for cache, select in self.selections(draw))
-            losses.append(self.compare(self.run_unit(inputs, {}), targets, draw.valid(plain)))
+            outputs = self.run_unit(inputs, [(index, draw)], [len(targets[0])])
+            losses.append(self.compare(outputs, targets, draw.valid(plain)))
         return float(torch.stack(losses).mean())
 
     def stop_dropping(self) -> None:

@@ -134,7 +134,7 @@ class Stream:
     def _reach(self, index: int, output: Any) -> Arguments:
         """Arguments of the segment after those whose outputs are known."""
         following = self.segments[0 if output is None else self.position + 1]
-        with torch.no_grad(), self._replaced(index, output), captured(following.first, stop=True) as calls:
+        with torch.no_grad(), self.known(index, output), captured(following.first, stop=True) as calls:
             with suppress(_Reached):
                 self.forwards[index]()
         arguments = Arguments.of(calls[0])
@@ -149,14 +149,18 @@ class Stream:
 
     def _finish(self, index: int, output: Any) -> Any:
         """What the forward pass of an image returns."""
-        with self._replaced(index, output):
+        with self.known(index, output):
             return self.forwards[index]()
 
     @contextmanager
-    def _replaced(self, index: int, output: Any) -> Iterator[None]:
-        """Let the finished segments return what is known: the last one its output, the earlier ones NaN.
+    def known(self, index: int, output: Any) -> Iterator[None]:
+        """Let segments return what is known of an image: the current one its output, the earlier ones NaN.
 
         Nothing after a segment may depend on those before it; if it does, the NaN shows.
+
+        Args:
+            index: number of the image.
+            output: of the current segment, or None: no segment has one yet.
         """
         finished = self.segments[: 0 if output is None else self.position + 1]
         outputs = [*self.placeholders[index], output]
@@ -228,6 +232,28 @@ def returned(module: nn.Module) -> Iterator[list[Any]]:
         yield outputs
     finally:
         handle.remove()
+
+
+def result_of(module: nn.Module, forward: Callable[[], Any]) -> Any:
+    """Run a forward as far as a module, and return what that returns, with its graph.
+
+    Args:
+        module: where it ends.
+        forward: calls the module.
+    """
+    results: list[Any] = []
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        results.append(output)
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    try:
+        with suppress(_Reached):
+            forward()
+    finally:
+        handle.remove()
+    return results[0]
 
 
 def _copy(value: Any) -> Any:

@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from ptqsam.config import PARTS, PartName, Reconstruction, UnitLevel
 from ptqsam.errors import ConfigError
 from ptqsam.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantNorm, QuantOp
 from ptqsam.modules.base import qualified_name
-from ptqsam.modules.unit_kinds import Level, unit_kind
+from ptqsam.modules.unit_kinds import unit_kind
 from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.quantizers import Quantizer
+from ptqsam.registry import RECON_LOSSES
 
 # what a crop of an image may pass through: it treats all positions alike
 _POINTWISE = (nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.Identity, nn.Conv2d, QuantConv2d, QuantNorm)
@@ -34,6 +36,8 @@ class Unit:
         channel_axis: axis of the channels in its outputs.
         reach: how far, in input pixels, a convolutional unit looks around.
         stride: input pixels per output pixel.
+        prompted: which output of the two-way transformer its loss looks at (`ptqsam.modules.unit_kinds`); None: none,
+            its own outputs are all.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Unit:
     channel_axis: int = -1
     reach: int = 0
     stride: int = 1
+    prompted: int | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the modules."""
@@ -87,7 +92,41 @@ class Segment(Unit):
     units: list[Unit] = field(default_factory=list)
 
 
-def find_segments(model: nn.Module, level: Level, forwards: Sequence[Callable[[], Any]]) -> list[list[Segment]]:
+def find_parts(
+    model: nn.Module, settings: Reconstruction, forwards: Sequence[Callable[[], Any]]
+) -> dict[PartName, list[Segment]]:
+    """Segments and units of the encoder and of the decoder, as a recipe wants them.
+
+    Args:
+        model: SAM with quant modules, on any device, the meta device too.
+        settings: of the reconstruction.
+        forwards: of the image encoder and of the mask decoder.
+
+    Returns:
+        Part -> its segments in the order of execution; without units in a part that is not reconstructed.
+
+    Raises:
+        ConfigError: a module that is to be a unit runs more than once in a forward.
+    """
+    parts: dict[PartName, list[Segment]] = {}
+    for number, part in enumerate(PARTS):
+        own = settings.of(part)
+        parts[part] = find_segments(model, own.unit, forwards)[number]
+        loss = RECON_LOSSES.get(own.loss.type)
+        follow = getattr(loss, 'prompt_aware', False)
+        for segment in parts[part]:
+            if part not in settings.parts:
+                segment.units = []
+            kind = unit_kind(segment.last)
+            for unit in segment.units:
+                if follow and kind is not None and unit.modules == segment.modules:
+                    unit.prompted = kind.prompted
+                if unit.prompted is not None:
+                    unit.positions = 'batch'  # what follows needs the whole image
+    return parts
+
+
+def find_segments(model: nn.Module, level: UnitLevel, forwards: Sequence[Callable[[], Any]]) -> list[list[Segment]]:
     """Segments and their units.
 
     Args:
@@ -125,7 +164,7 @@ def find_segments(model: nn.Module, level: Level, forwards: Sequence[Callable[[]
 
 
 def _partition(
-    module: nn.Module, level: Level, with_float: bool, path: str = ''
+    module: nn.Module, level: UnitLevel, with_float: bool, path: str = ''
 ) -> Iterator[tuple[str, dict[str, nn.Module]]]:
     """Cut a module tree into units of a level: name and modules of each, in the order of registration.
 

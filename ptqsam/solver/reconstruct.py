@@ -118,7 +118,7 @@ class ReconstructionStage:
         if store == 'auto':
             for quantizer in quantizers(target):
                 quantizer.mode = 'off'
-            needed = cache_bytes(model, target, self.recipe.reconstruction.unit, samples, settings.dtype)
+            needed = cache_bytes(model, target, self.recipe.reconstruction, samples)
             store = choose_store(needed, device, folder=self.folder)
         new_cache = partial(ActivationCache, store, device, getattr(torch, settings.dtype), self.folder)
         engine = Reconstructor(
@@ -135,11 +135,18 @@ def check_reconstruction(recipe: QuantConfig) -> None:
         recipe: checked recipe, with or without `reconstruction`.
 
     Raises:
-        ConfigError: the loss cannot be built, or there are several processes.
+        ConfigError: the loss cannot be built or does not suit the units, or there are several processes.
     """
     if recipe.reconstruction is None:
         return
-    make_loss(recipe.reconstruction)
+    for part in recipe.reconstruction.parts:
+        settings = recipe.reconstruction.of(part)
+        prompt_aware = getattr(make_loss(settings), 'prompt_aware', False)
+        if prompt_aware and settings.unit not in ('block', 'stage'):
+            raise ConfigError(
+                f'reconstruction: {settings.loss.type} follows whole blocks and stages to the prompts, but the unit of '
+                f'the {part} is {settings.unit}; set reconstruction.unit to block or stage, or another loss'
+            )
     if get_world_size() > 1:
         raise ConfigError('reconstruction: runs in one process so far; leave out --launcher')
 

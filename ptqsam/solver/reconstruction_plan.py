@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ptqsam.config import QuantConfig
+from ptqsam.config import PARTS, QuantConfig, Reconstruction
 from ptqsam.errors import ConfigError
 from ptqsam.estimate import Machine, Work
 from ptqsam.reconstruction.cache import choose_store
@@ -29,8 +29,7 @@ class Plan:
     """A reconstruction before it is run.
 
     Attributes:
-        steps: cost of an iteration of each unit.
-        iters: iterations per unit.
+        steps: cost of an iteration of each unit, and iterations of each.
         images: calibration images.
         boxes: prompt boxes on all of them.
         cache: bytes of the activation caches, at most.
@@ -39,12 +38,16 @@ class Plan:
     """
 
     steps: list[Step]
-    iters: int
     images: int
     boxes: int
     cache: int
     store: str
     problem: str
+
+    @property
+    def iters(self) -> int:
+        """Iterations of all units."""
+        return sum(step.iters for step in self.steps)
 
     @property
     def peak(self) -> int:
@@ -59,10 +62,13 @@ class Plan:
             encoder: seconds for one image.
             box: seconds for one box.
         """
-        iterations = self.iters * sum(machine.seconds(step.total) for step in self.steps)
+        iterations = sum(step.iters * machine.seconds(step.total) for step in self.steps)
         # before and after the learning, the error of every unit on some images
-        passes = STREAM_PASSES + 2 * QUANTIZED_COST * min(ERROR_IMAGES, self.images) / self.images
-        return iterations + passes * (self.images * encoder + self.boxes * box)
+        errors = 2 * min(ERROR_IMAGES, self.images)
+        passes = STREAM_PASSES + QUANTIZED_COST * errors / self.images
+        # of a forward and backward pass, the former takes a third
+        path = sum(machine.seconds(step.path) for step in self.steps if step.path is not None) / 3
+        return iterations + passes * (self.images * encoder + self.boxes * box) + path * (self.images + errors)
 
 
 def plan_reconstruction(model: Any, recipe: QuantConfig, counts: Sequence[int], device: torch.device) -> Plan | None:
@@ -91,36 +97,58 @@ def plan_reconstruction(model: Any, recipe: QuantConfig, counts: Sequence[int], 
         image = torch.empty(1, 3, model.sam.image_size, model.sam.image_size)
         samples = [Sample(image, torch.empty(count, 4)) for count in counts]
         steps = iteration_steps(model, model.sam, settings, samples)
-        needed = cache_bytes(model, model.sam, settings.unit, samples, settings.cache.dtype)
+        needed = cache_bytes(model, model.sam, settings, samples)
     store: str = settings.cache.store
     if store == 'auto':
         try:
             store = choose_store(needed, device, folder=Path.cwd())
         except ConfigError as error:
             store, problem = '', problem or str(error)
-    return Plan(steps, settings.iters, len(samples), sum(counts), needed, store, problem)
+    return Plan(steps, len(samples), sum(counts), needed, store, problem)
 
 
 def reconstruction_lines(recipe: QuantConfig, plan: Plan | None) -> list[str]:
     """Units, iterations, settings with what the preset gave them, and the activation cache."""
     if recipe.reconstruction is None or plan is None:
         return []
-    settings = recipe.reconstruction.model_dump(exclude={'preset', 'unit', 'iters', 'cache'})
-    units, cache = len(plan.steps), recipe.reconstruction.cache
-    title = (
-        f'reconstruct  {units} units (unit={recipe.reconstruction.unit}), {plan.iters} iterations each, '
-        f'{units * plan.iters} in total; preset {recipe.reconstruction.preset}'
-    )
+    settings = recipe.reconstruction.model_dump(exclude={'preset', 'unit', 'iters', 'cache', *PARTS})
+    cache = recipe.reconstruction.cache
     values = ', '.join(f'{name}={show(value)}' for name, value in settings.items())
     store = plan.store or 'nowhere'
     if cache.store == 'auto':
         store += ' (auto)'
     return [
-        title,
+        *unit_lines(recipe.reconstruction, plan.steps),
         *textwrap.wrap(values, 100, initial_indent=INDENT, subsequent_indent=INDENT),
         f'{INDENT}activation cache at most {plan.cache / 1e9:.2f} GB, {cache.dtype}, store {store}',
         *([f'missing: reconstruction: {plan.problem}'] if plan.problem else []),
     ]
+
+
+def unit_lines(settings: Reconstruction, steps: Sequence[Step]) -> list[str]:
+    """How many units and iterations, part by part where they differ, and how many units the prompts teach."""
+    total = sum(step.iters for step in steps)
+    own = {part: settings.of(part) for part in PARTS}
+    enabled = [part for part in PARTS if getattr(settings, part).enabled]
+    numbers = {part: (own[part].unit, own[part].iters, own[part].loss) for part in enabled}
+    lines = []
+    if len(enabled) == len(PARTS) and all(value == numbers[enabled[0]] for value in numbers.values()):
+        unit, iters, _ = numbers[enabled[0]]
+        units = f'{len(steps)} units (unit={unit}), {iters} iterations each, {total} in total'
+    else:
+        units = f'{len(steps)} units, {total} iterations in total'
+        for part in PARTS:
+            if part not in enabled:
+                lines.append(f'{INDENT}{part}: not reconstructed; weights rounded to nearest, scales as calibrated')
+                continue
+            unit, iters, loss = numbers[part]
+            count = sum(step.part == part for step in steps)
+            lines.append(
+                f'{INDENT}{part}: {count} units (unit={unit}), {iters} iterations each, loss={show(dict(loss))}'
+            )
+    if followed := sum(step.path is not None for step in steps):
+        lines.append(f'{INDENT}prompt-aware: {followed} of them are followed to the tokens that have met the prompts')
+    return [f'reconstruct  {units}; preset {settings.preset}', *lines]
 
 
 def show(value: Any) -> str:

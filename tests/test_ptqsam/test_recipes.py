@@ -50,6 +50,7 @@ class Expected:
         hooks: solver hooks.
         unit: level of the reconstruction; None: there is none.
         scales: whether it learns scales of activations.
+        loss: reconstruction loss.
     """
 
     act: str = 'Uniform'
@@ -61,6 +62,7 @@ class Expected:
     hooks: tuple[str, ...] = ()
     unit: str | None = None
     scales: bool = True
+    loss: str = 'SquaredError'
 
     def quantizer(self, point: Point) -> str:
         """Quantizer of a point."""
@@ -76,11 +78,14 @@ class Expected:
 
 
 AHCQ = dict(softmax='LNQ', lin2='HLUQ', grouped=True, hooks=('BimodalIntegration', 'ConditionNumberReduction'))
+SAQ = dict(softmax='AGQ', hooks=('BimodalIntegration', 'PerceptualClipping'))
+PAR = dict(act='LSQ', unit='stage', loss='PromptAware')
 PTQ4SAM = dict(softmax='AGQ', observers=('MSE', 'AvgMinMax'), hooks=('BimodalIntegration',))
 ALGORITHMS = {
     'minmax': Expected(observers=('MinMax', 'MinMax')),
     'mse': Expected(),
     'ptq4sam_s': Expected(**PTQ4SAM),
+    'repq_vit': Expected(softmax='AGQ', observers=('Percentile', 'Percentile'), hooks=('ScaleReparameterization',)),
     'adaround': Expected(unit='layer', scales=False),
     'brecq': Expected(unit='module', scales=False),
     'qdrop': Expected(act='LSQ', softmax='LSQ', unit='module'),
@@ -88,6 +93,10 @@ ALGORITHMS = {
     'ahcq_sam_s': Expected(**AHCQ),
     'ahcq_sam': Expected(act='LSQ', **AHCQ, unit='module'),
     'ahcq_sam_conv': Expected(act='LSQ', **AHCQ, conv='CAG', unit='module'),
+    'saq_sam_s': Expected(**SAQ),
+    'saq_sam': Expected(**SAQ, **PAR),
+    'par': Expected(softmax='AGQ', hooks=('BimodalIntegration',), **PAR),
+    'ahcq_saq': Expected(**AHCQ | {'hooks': (*AHCQ['hooks'], 'PerceptualClipping')}, **PAR),
 }
 QDROP = ALGORITHMS['qdrop']
 SPECIAL = {
@@ -98,6 +107,10 @@ SPECIAL = {
     'ahcq_ablation/lnq': replace(QDROP, softmax='LNQ'),
     'ahcq_ablation/acnr': replace(QDROP, hooks=('ConditionNumberReduction',)),
     'ahcq_ablation/condiquant': replace(QDROP, hooks=('CondiQuant',)),
+    'saq_ablation/base_s': Expected(softmax='AGQ', hooks=('BimodalIntegration',)),
+    'saq_ablation/base': replace(ALGORITHMS['ptq4sam'], observers=('MSE', 'MSE')),
+    'saq_ablation/stage': replace(ALGORITHMS['par'], loss='SquaredError'),
+    'saq_ablation/prompt_only': ALGORITHMS['par'],
     'ahcq_ablation/all': replace(ALGORITHMS['ahcq_sam'], hooks=('ConditionNumberReduction',)),
 }
 
@@ -167,6 +180,7 @@ def test_quantizers_stand_where_the_method_wants_them(recipe):
     if config.reconstruction is not None:
         assert config.reconstruction.preset == 'fast'
         assert config.reconstruction.activations == expected.scales
+        assert config.reconstruction.loss.type == expected.loss
     assert not config.compat.active, 'no shipped recipe reproduces a defect'
 
 

@@ -25,7 +25,9 @@ TINY_VIT = dict(
     window_sizes=(4, 3, 4, 2),
     **DECODER,
 )
-ARCHS = {'vit': ARCH, 'tiny_vit': TINY_VIT}
+# two stages of two blocks
+DEEP_VIT = {**ARCH, 'depth': 4, 'global_attn_indexes': (1, 3)}
+ARCHS = {'vit': ARCH, 'deep_vit': DEEP_VIT, 'tiny_vit': TINY_VIT}
 LEARNED = [{'match': '*', 'quantizer': {'type': 'LSQ'}}, {'match': '*.weight', 'quantizer': {'type': 'Uniform'}}]
 # no image has as many boxes as another, and one has none
 BOXES = (3, 0, 2, 1)
@@ -71,6 +73,8 @@ def calibrated_model(arch: str = 'vit', recipe=None, **options: object):
         # otherwise many parts of a fresh model do nothing
         if name.endswith(('rel_pos_h', 'rel_pos_w', 'attention_biases', 'bn.weight', 'pos_embed')):
             nn.init.normal_(parameter, std=0.5)
+        elif '.downsample.' in name and name.endswith('conv.weight'):
+            parameter.mul_(6)
     quantize_model(model.sam, RuleBook(recipe or make_recipe()))
     for quantizer in act_quantizers(model.sam):
         quantizer.mode = 'observe'

@@ -234,7 +234,7 @@ def test_published_loss_sums_over_dimension_one():
     for compat in (Compat(), Compat(loss_dim1=True)):
         work = optimiser(unit, data, compat, **settings)
         batch = work.fetch(work.draw(np.random.default_rng(0)))
-        (output,) = work.run_unit(batch.quantized, {})
+        (output,) = work.run_unit(batch.quantized, batch.drawn, batch.sizes)
         losses.append(work.step_loss(batch))
     error = (output - batch.targets[0]) ** 2
     torch.testing.assert_close(losses[0], error.sum(-1).mean())

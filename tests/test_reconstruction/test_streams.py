@@ -84,7 +84,7 @@ def test_bit_equal_to_plain_forward_passes(arch, level, tmp_path):
     for quantizer in quantizers(plain.sam):
         quantizer.mode = 'off'
     engine = record(model, samples, recipe, tmp_path / 'w')
-    units = [unit for part in engine.find_parts() for segment in part for unit in segment.units]
+    units = [unit for part in engine.find_parts().values() for segment in part for unit in segment.units]
     assert len(units) == len(engine.seen)
     quantized, quantized_embeddings = watched(model, samples, units)
     twins = [Unit(u.name, {path: plain.sam.get_submodule(path) for path in u.modules}) for u in units]
