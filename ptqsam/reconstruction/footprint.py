@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ptqsam.config import PartName, Reconstruction
 from ptqsam.estimate import Work, measure_work
 from ptqsam.reconstruction.cache import entry_bytes
+from ptqsam.reconstruction.optimise import is_prompt_aware
 from ptqsam.reconstruction.prompts import PromptPath, two_way_transformer
 from ptqsam.reconstruction.sampling import Draw, batch_share, draw_positions
 from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
@@ -113,7 +114,9 @@ def cache_bytes(model: Any, target: nn.Module, settings: Reconstruction, samples
         for part, (own, made) in zip(parts, notes, strict=True)
         for size in _segment_bytes(part.segments, own, made, prompted, streams)
     ]
-    return len(samples) * max(sizes, default=0)
+    # a prompt-aware reconstruction leaves out images without boxes
+    images = sum(len(sample.boxes) > 0 for sample in samples) if is_prompt_aware(settings) else len(samples)
+    return images * max(sizes, default=0)
 
 
 def iteration_steps(model: Any, target: nn.Module, settings: Reconstruction, samples: Sequence[Any]) -> list[Step]:

@@ -109,10 +109,11 @@ def find_parts(
         ConfigError: a module that is to be a unit runs more than once in a forward.
     """
     parts: dict[PartName, list[Segment]] = {}
+    levels = [settings.of(part).unit for part in PARTS]
+    found = {level: find_segments(model, level, forwards) for level in dict.fromkeys(levels)}
     for number, part in enumerate(PARTS):
-        own = settings.of(part)
-        parts[part] = find_segments(model, own.unit, forwards)[number]
-        loss = RECON_LOSSES.get(own.loss.type)
+        parts[part] = found[levels[number]][number]
+        loss = RECON_LOSSES.get(settings.of(part).loss.type)
         follow = getattr(loss, 'prompt_aware', False)
         for segment in parts[part]:
             if part not in settings.parts:

@@ -14,7 +14,7 @@ from ptqsam.estimate import Machine, Work
 from ptqsam.reconstruction.cache import choose_store
 from ptqsam.reconstruction.engine import Sample
 from ptqsam.reconstruction.footprint import Step, cache_bytes, iteration_steps
-from ptqsam.reconstruction.optimise import ERROR_IMAGES
+from ptqsam.reconstruction.optimise import ERROR_IMAGES, is_prompt_aware
 
 # Cost of a fake-quantized forward pass over a float one. Passes of all calibration images that bring both streams
 # through the model: one of the float model; one of the quantized model, and on the way to its units parts that add up
@@ -30,7 +30,7 @@ class Plan:
 
     Attributes:
         steps: cost of an iteration of each unit, and iterations of each.
-        images: calibration images.
+        images: calibration images that take part.
         boxes: prompt boxes on all of them.
         cache: bytes of the activation caches, at most.
         store: where they would lie; '' where there is no room.
@@ -93,6 +93,8 @@ def plan_reconstruction(model: Any, recipe: QuantConfig, counts: Sequence[int], 
     problem = '' if any(counts) else 'none of the calibration images has a prompt box; draw more images'
     # with no box at all the decoder could not be estimated
     counts = [min(count, most) for count in (counts if any(counts) else [most] * len(counts))]
+    if is_prompt_aware(settings):
+        counts = [count for count in counts if count]
     with torch.device('meta'):
         image = torch.empty(1, 3, model.sam.image_size, model.sam.image_size)
         samples = [Sample(image, torch.empty(count, 4)) for count in counts]
@@ -129,16 +131,15 @@ def unit_lines(settings: Reconstruction, steps: Sequence[Step]) -> list[str]:
     """How many units and iterations, part by part where they differ, and how many units the prompts teach."""
     total = sum(step.iters for step in steps)
     own = {part: settings.of(part) for part in PARTS}
-    enabled = [part for part in PARTS if getattr(settings, part).enabled]
-    numbers = {part: (own[part].unit, own[part].iters, own[part].loss) for part in enabled}
+    numbers = {part: (own[part].unit, own[part].iters, own[part].loss) for part in settings.parts}
     lines = []
-    if len(enabled) == len(PARTS) and all(value == numbers[enabled[0]] for value in numbers.values()):
-        unit, iters, _ = numbers[enabled[0]]
+    if numbers.keys() == own.keys() and all(value == numbers['encoder'] for value in numbers.values()):
+        unit, iters, _ = numbers['encoder']
         units = f'{len(steps)} units (unit={unit}), {iters} iterations each, {total} in total'
     else:
         units = f'{len(steps)} units, {total} iterations in total'
         for part in PARTS:
-            if part not in enabled:
+            if part not in numbers:
                 lines.append(f'{INDENT}{part}: not reconstructed; weights rounded to nearest, scales as calibrated')
                 continue
             unit, iters, loss = numbers[part]

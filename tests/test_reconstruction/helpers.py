@@ -10,6 +10,7 @@ from ptqsam.config import Reconstruction, parse_quant_config
 from ptqsam.modules.walk import act_quantizers, quantizers
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.engine import Reconstructor, Sample
+from ptqsam.reconstruction.optimise import Optimiser
 from ptqsam.solver.calibrate import calibrate_weights
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
@@ -92,3 +93,40 @@ def make_engine(model, samples, recipe, folder: Path, call_hook=lambda *_, **__:
     """An engine; the folder exists afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
     return Reconstructor(model, model.sam, recipe, samples, new_cache, folder, origin, call_hook)
+
+
+def prompt_aware(unit='stage', loss=None, **reconstruction):
+    """A recipe with this loss; iterations take one image with all of its positions unless told otherwise."""
+    return make_recipe(
+        unit=unit,
+        loss={'type': 'PromptAware', **(loss or {})},
+        **{'batch_size': 1, 'tokens_per_step': None, **reconstruction},
+    )
+
+
+class Looking(Reconstructor):
+    """An engine that shows every unit to the test and rounds it to nearest."""
+
+    def reconstruct(self, unit, data, stream):
+        for index in range(len(stream.forwards)):
+            data.add_quantized(stream.run_until(unit, index))
+        self.look(Optimiser(unit, data, self.of_unit[unit], self.recipe.compat, 0))
+        for op in unit.ops.values():
+            op.freeze()
+
+
+def look_at(model, samples, recipe, folder, look):
+    """Call `look(work)` for every unit, then run the engine to its end; `work` optimises the unit and has its data."""
+    folder.mkdir()
+    engine = Looking(model, model.sam, recipe, samples, new_cache, folder, '', lambda *_, **__: None)
+    engine.look = look
+    engine.run()
+    return engine
+
+
+def switched_off(*modules):
+    """Turn the quantizers of modules off; call the result to put back how they were."""
+    modes = {quantizer: quantizer.mode for module in modules for quantizer in quantizers(module)}
+    for quantizer in modes:
+        quantizer.mode = 'off'
+    return lambda: [setattr(quantizer, 'mode', mode) for quantizer, mode in modes.items()]

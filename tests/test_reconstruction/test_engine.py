@@ -224,15 +224,24 @@ def seen(monkeypatch):
     return runs
 
 
-@pytest.mark.parametrize(('arch', 'level'), [('vit', 'block'), ('tiny_vit', 'module'), ('vit', 'stage')])
-def test_replaced_weights_are_held_to_the_float_model(arch, level, seen, tmp_path):
+@pytest.mark.parametrize(
+    ('arch', 'level', 'loss'),
+    [
+        ('vit', 'block', 'SquaredError'),
+        ('tiny_vit', 'module', 'SquaredError'),
+        ('vit', 'stage', 'SquaredError'),
+        ('deep_vit', 'stage', 'PromptAware'),
+        ('tiny_vit', 'stage', 'PromptAware'),
+    ],
+)
+def test_replaced_weights_are_held_to_the_float_model(arch, level, loss, seen, tmp_path):
     """Inputs and targets of the float stream are bit for bit those of a run in which nothing was replaced."""
     # where only the input is quantized, the operator is in no unit, but its weight may be replaced all the same
     inputs_only = [
         Rule(match='mask_decoder.transformer.final*.weight', enabled=False),
         Rule(match='image_encoder.patch_embed*.input', enabled=True),
     ]
-    recipe = make_recipe(unit=level, iters=1)
+    recipe = make_recipe(unit=level, iters=1, loss={'type': loss})
     recipe = recipe.model_copy(update={'rules': (*recipe.rules, *inputs_only)})
     plain, samples = calibrated_model(arch, recipe)
     make_engine(plain, samples, recipe, tmp_path / 'plain').run()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ptqsam.errors import ConfigError
+from ptqsam.modules.unit_kinds import IMAGE_TOKENS, QUERIES
 from ptqsam.quantizers import Uniform
 from ptqsam.reconstruction.rounding import SoftRounding, regulariser_weight, temperature
 from ptqsam.registry import RECON_LOSSES, build_part
@@ -94,3 +95,62 @@ def test_half_precision_outputs():
 def test_unknown_option():
     with pytest.raises(ConfigError, match='SquaredError'):
         build_part(RECON_LOSSES, 'SquaredError', axis=1)
+
+
+def by_hand(difference: torch.Tensor, axis: int) -> torch.Tensor:
+    """Squares in float64: summed over channels, averaged over everything else."""
+    return difference.double().square().sum(axis).mean()
+
+
+# (B, C, H, W) of a stage, (boxes, tokens, C) of everything else
+STAGE, IMAGE, TOKENS = (1, 6, 5, 4), (3, 20, 8), (3, 7, 8)
+
+
+@pytest.mark.parametrize('weights', [{}, dict(alpha=3.0, beta=0.2, queries_weight=0.5, stage=0.7), dict(stage=0)])
+@pytest.mark.parametrize('prompted', [QUERIES, IMAGE_TOKENS, None])
+def test_prompt_aware_weights(weights, prompted):
+    given = {'alpha': 1.0, 'beta': 1.0, 'queries_weight': 0.01, 'stage': 1.0, **weights}
+    layer = [given['beta'] * given['queries_weight'], given['beta']]
+    shapes, axes, expected = {
+        QUERIES: ([TOKENS, IMAGE, TOKENS], [-1, -1, -1], [*layer, given['alpha']]),
+        IMAGE_TOKENS: ([STAGE, IMAGE], [1, -1], [given['stage'], given['alpha']]),
+        None: ([STAGE, IMAGE], [1, -1], [1, 1]),  # nothing to follow: as without prompts
+    }[prompted]
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    targets = [10**number * torch.randn(shape, generator=generator) for number, shape in enumerate(shapes)]
+    if prompted == IMAGE_TOKENS:  # features and tokens of equal relative error count the same
+        expected[0] = expected[0] * by_hand(targets[1], -1) / by_hand(targets[0], 1)
+    loss = build_part(RECON_LOSSES, 'PromptAware', **weights)(outputs, targets, axes, None, prompted)
+    terms = [by_hand(output - target, axis) for output, target, axis in zip(outputs, targets, axes, strict=True)]
+    total = sum(weight * term for weight, term in zip(expected, terms, strict=True))
+    assert loss.dtype == torch.float32 and loss.dim() == 0
+    torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=0)
+    heard = [gradient is not None for gradient in torch.autograd.grad(loss, outputs, allow_unused=True)]
+    assert heard == [weight != 0 for weight in expected], 'a weight of 0 costs nothing'
+    assert build_part(RECON_LOSSES, 'PromptAware', **weights)(targets, targets, axes, None, prompted) == 0
+
+
+def test_prompt_aware_layer_without_prompts_is_the_squared_error():
+    """Neck and last attention, with positions that count."""
+    output, target, valid = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.rand(2, 5) < 0.5
+    ours = build_part(RECON_LOSSES, 'PromptAware', alpha=7, beta=3)([output], [target], [-1], valid)
+    assert ours == LOSS([output], [target], [-1], valid)
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'least'),
+    [
+        *((name, value, 'from 0 on') for name in ('beta', 'queries_weight', 'stage') for value in (-0.1, 'PAR', None)),
+        *(('alpha', value, 'above 0') for value in (0, -1, True, float('nan'), float('inf'), [1])),
+    ],
+)
+def test_prompt_aware_refuses(name, value, least):
+    with pytest.raises(ConfigError, match=f'PromptAware: {name} is .*{least}') as error:
+        build_part(RECON_LOSSES, 'PromptAware', **{name: value})
+    assert '\n' not in str(error.value)
+
+
+def test_prompt_aware_refuses_what_it_does_not_know():
+    with pytest.raises(ConfigError, match='PromptAware'):
+        build_part(RECON_LOSSES, 'PromptAware', gamma=1)

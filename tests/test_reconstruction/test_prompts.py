@@ -1,7 +1,6 @@
 """Prompt-aware reconstruction: what the path computes, whom its gradient reaches, and that inference is left alone."""
 
 import copy
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,22 +8,23 @@ import torch
 from safetensors import safe_open
 from torch.utils._pytree import tree_leaves
 
-from ptqsam.cli import main
 from ptqsam.config import Compat, Rule
-from ptqsam.errors import ConfigError
 from ptqsam.modules.unit_kinds import IMAGE_TOKENS, QUERIES
-from ptqsam.modules.walk import act_quantizers, quant_ops, quantizers
-from ptqsam.reconstruction.engine import Reconstructor
-from ptqsam.reconstruction.optimise import Optimiser
+from ptqsam.modules.walk import quant_ops
 from ptqsam.reconstruction.prompts import skipping
 from ptqsam.reconstruction.sampling import Draw
 from ptqsam.reconstruction.streams import Arguments
 from ptqsam.solver.freeze import violations
-from ptqsam.solver.reconstruct import check_reconstruction
-from tests.test_reconstruction.helpers import BOXES, calibrated_model, make_engine, make_recipe, new_cache
+from tests.test_reconstruction.helpers import (
+    BOXES,
+    calibrated_model,
+    look_at,
+    make_engine,
+    prompt_aware,
+    switched_off,
+)
 from tests.test_reconstruction.test_engine import differing, state
 
-WHOLE = dict(batch_size=1, tokens_per_step=None)
 # two stages of two blocks; three of TinyViT's four stages are attention
 PROMPTED = {
     ('deep_vit', 'stage'): ('blocks.0..1', 'blocks.2..3'),
@@ -36,51 +36,16 @@ EVERYWHERE = pytest.mark.parametrize(('arch', 'level'), list(PROMPTED))
 STAGES = pytest.mark.parametrize('arch', ['deep_vit', 'tiny_vit'])
 
 
-def prompt_aware(unit='stage', loss=None, **reconstruction):
-    """A recipe with this loss; iterations take one image with all of its positions unless told otherwise."""
-    return make_recipe(unit=unit, loss={'type': 'PromptAware', **(loss or {})}, **{**WHOLE, **reconstruction})
-
-
-class Looking(Reconstructor):
-    """An engine that shows every unit to the test and rounds it to nearest."""
-
-    def reconstruct(self, unit, data, stream):
-        for index in range(len(stream.forwards)):
-            data.add_quantized(stream.run_until(unit, index))
-        self.look(Optimiser(unit, data, self.of_unit[unit], self.recipe.compat, 0))
-        for op in unit.ops.values():
-            op.freeze()
-
-
-def look_at(model, samples, recipe, folder, look):
-    """Call `look(work)` for every unit, then run the engine to its end; `work` optimises the unit and has its data."""
-    folder.mkdir()
-    engine = Looking(model, model.sam, recipe, samples, new_cache, folder, '', lambda *_, **__: None)
-    engine.look = look
-    engine.run()
-    return engine
-
-
 def float_twin(model):
     """A copy of a model before its reconstruction that computes in floating point."""
     twin = copy.deepcopy(model)
-    for quantizer in quantizers(twin.sam):
-        quantizer.mode = 'off'
+    switched_off(twin.sam)
     return twin
 
 
-def switched_off(unit):
-    """Turn the quantizers of a unit off; call the result to turn them on again."""
-    modes = {quantizer: quantizer.mode for module in unit.modules.values() for quantizer in quantizers(module)}
-    for quantizer in modes:
-        quantizer.mode = 'off'
-    return lambda: [setattr(quantizer, 'mode', mode) for quantizer, mode in modes.items()]
-
-
 def still(model):
-    """Whether no module of a model is patched, watched or trained."""
-    watched = any(hook for m in model.modules() for hook in (m._forward_hooks, m._forward_pre_hooks))
-    return not watched and not any('forward' in vars(m) or 'used_weight' in vars(m) for m in model.modules())
+    """Whether no module of a model is patched or watched."""
+    return not any('forward' in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @EVERYWHERE
@@ -96,7 +61,7 @@ def test_zero_for_the_float_model(arch, level, drift_correction, tmp_path):
         unit, data = work.unit, work.data
         assert (unit.prompted is None) == (data.path is None)
         followed.extend([unit.name] * (data.path is not None))
-        turn_on = switched_off(unit)
+        turn_on = switched_off(*unit.modules.values())
         for index in range(len(data.targets)):
             inputs, targets = data.plain.get(index), data.targets.get(index)
             outputs = work.run_unit(inputs, [(index, Draw())], [len(targets[0])])
@@ -126,14 +91,16 @@ def test_the_gradient_reaches_the_unit_only(arch, level, tmp_path):
         own = {id(p) for group in work.parameter_groups(roundings) for p in group['params']}
         batch = next(work.batches())
         path = work.data.path
-        work.data.path = lambda *args: path(*args).detach()
-        work.data.path.output = None
-        assert not work.step_loss(batch).requires_grad, 'it reaches the unit on another way'
-        work.data.path = path
-        work.step_loss(batch).backward()
+        for work.data.path in (lambda *args: path(*args).detach(), path):
+            through = work.data.path is path
+            loss = work.step_loss(batch)
+            assert loss > 0
+            if loss.requires_grad:
+                loss.backward()
+            heard = [r.alpha.grad is not None and bool(r.alpha.grad.any()) for r in roundings]
+            assert heard == [through] * len(roundings), work.unit.name
         for name, parameter in model.named_parameters():
             assert id(parameter) in own or (parameter.grad is None and not parameter.requires_grad), name
-        assert all(rounding.alpha.grad.abs().sum() > 0 for rounding in roundings), work.unit.name
         assert all(q.scale.grad is not None for q in work.unit.act_quantizers), work.unit.name
         work.stop_dropping()
         assert not any(q.scale.requires_grad for q in work.unit.act_quantizers)
@@ -269,7 +236,7 @@ def test_boxes_of_an_iteration(arch, tokens, tmp_path):
     fewer = []
 
     def look(work):
-        turn_on, rng = switched_off(work.unit), np.random.default_rng(0)
+        turn_on, rng = switched_off(*work.unit.modules.values()), np.random.default_rng(0)
         for _ in range(5):
             batch = work.fetch(work.draw(rng))
             assert len(batch.drawn) == 3 and sum(batch.sizes) == len(batch.targets[0])
@@ -291,18 +258,20 @@ def test_other_boxes_give_other_tokens(tmp_path):
     """What the test before relies on."""
     recipe = prompt_aware()
     model, samples = calibrated_model('deep_vit', recipe)
+    looked = []
 
     def look(work):
-        if work.unit.prompted == QUERIES:
-            first, last = (
-                Draw(partial(map, lambda x, row=row: x[row : row + 1]), lambda tensors: tensors) for row in (0, 2)
-            )
-            outputs = [tensor[:1] for tensor in work.data.targets.get(0)[:-1]]
-            tokens = [work.data.path(0, outputs, Draw(lambda x, d=d: list(d.inputs(x)))) for d in (first, last)]
-            assert torch.allclose(tokens[0], work.data.targets.get(0)[-1][:1], atol=1e-5)
-            assert not torch.allclose(*tokens, atol=1e-3)
+        if work.unit.prompted != QUERIES:
+            return
+        *targets, tokens = work.data.targets.get(0)
+        first, last = (Draw(lambda tensors, row=row: [x[row : row + 1] for x in tensors]) for row in (0, 2))
+        own = [target[:1] for target in targets]
+        torch.testing.assert_close(work.data.path(0, own, first), tokens[:1], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(work.data.path(0, own, last), tokens[:1], atol=1e-3)
+        looked.append(work.unit.name)
 
     look_at(model, samples, recipe, tmp_path / 'w', look)
+    assert len(looked) == 2
 
 
 @STAGES
@@ -330,75 +299,6 @@ def test_drift_correction(arch, tmp_path):
 
     engine = look_at(model, samples, recipe, tmp_path / 'w', look)
     assert len(seen) == len(engine.numbers) and any(name.startswith('mask_decoder') for name in seen)
-
-
-PARTS = [('encoder', 'image_encoder'), ('decoder', 'mask_decoder')]
-
-
-@pytest.mark.parametrize(('part', 'prefix'), PARTS)
-@pytest.mark.parametrize('drift_correction', [False, True])
-def test_a_part_that_is_not_reconstructed(part, prefix, drift_correction, tmp_path):
-    """Its weights are rounded to nearest, its scales stay as calibrated; the other part learns."""
-    recipe = prompt_aware(iters=3, drift_correction=drift_correction, **{part: dict(enabled=False)})
-    model, samples = calibrated_model('deep_vit', recipe)
-    before = state(model)
-    nearest = {name: op.used_weight().clone() for name, op, _ in quant_ops(model.sam)}
-    engine = make_engine(model, samples, recipe, tmp_path / 'w')
-    engine.run()
-    ops = {name: op for name, op, _ in quant_ops(model.sam)}
-    same = {name: torch.equal(op.used_weight(), nearest[name]) for name, op in ops.items()}
-    assert all(same[name] for name in ops if name.startswith(prefix))
-    assert not any(name.startswith(prefix) for name in engine.outcomes) and engine.outcomes
-    assert all(op.frozen != name.startswith(prefix) for name, op in ops.items())
-    changed = set(differing(before, state(model)))
-    scales = {f'{q.path}.{key}' for q in act_quantizers(model.sam) for key in q.state_dict()} & changed
-    assert scales and not any(name.startswith(prefix) for name in changed)
-    assert all(quantizer.mode == 'quantize' for quantizer in quantizers(model.sam))
-
-
-def test_parts_have_their_own_settings(tmp_path):
-    """Units, iterations and loss; what a part does not say is as for the whole."""
-    recipe = make_recipe(unit='module', iters=3, encoder=dict(unit='stage', iters=2, loss={'type': 'PromptAware'}))
-    check_reconstruction(recipe)
-    model, samples = calibrated_model('deep_vit', recipe)
-    engine = make_engine(model, samples, recipe, tmp_path / 'w')
-    engine.run()
-    assert {name: len(outcome.losses) for name, outcome in engine.outcomes.items()} == {
-        **{f'image_encoder.{name}': 2 for name in ('blocks.0..1', 'blocks.2..3', 'neck')},
-        **{
-            f'mask_decoder.transformer.layers.{number}.{name}': 3
-            for number in range(2)
-            for name in ('self_attn', 'cross_attn_token_to_image', 'mlp', 'cross_attn_image_to_token')
-        },
-        'mask_decoder.transformer.final_attn_token_to_image': 3,
-    }
-    followed = {unit.name: unit.prompted for unit in engine.numbers if unit.prompted is not None}
-    assert followed == {f'image_encoder.{name}': IMAGE_TOKENS for name in ('blocks.0..1', 'blocks.2..3')}
-    assert engine.bar.total == 3 * 2 + 9 * 3
-
-
-def test_both_parts_disabled_is_refused():
-    with pytest.raises(ConfigError, match='both parts are disabled') as error:
-        prompt_aware(encoder=dict(enabled=False), decoder=dict(enabled=False))
-    assert '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize('part', [None, 'encoder', 'decoder'])
-def test_units_that_cannot_be_followed_are_refused_at_once(part, tiny, tmp_path, capsys):
-    """Before anything is loaded or calibrated."""
-    small = 'unit: module' if part is None else f'unit: stage, {part}: {{unit: module}}'
-    recipe = tmp_path / 'recipe.yaml'
-    recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\nreconstruction: {{{small}, loss: {{type: PromptAware}}}}\n')
-    for options in (['--dry-run'], ['--work-dir', str(tmp_path / 'w')]):
-        assert main([str(tiny / 'tiny.py'), str(recipe), *options]) == 2
-        shown = capsys.readouterr().err
-        line = shown.strip().split('\n')[-1]
-        assert line.startswith('error: reconstruction: PromptAware') and f'unit of the {part or "encoder"} is' in line
-        assert 'search ranges' not in shown and 'block or stage' in line
-
-
-def test_a_disabled_part_may_have_any_unit():
-    check_reconstruction(prompt_aware(decoder=dict(enabled=False, unit='layer')))
 
 
 @STAGES
@@ -430,7 +330,6 @@ def test_better_than_nearest_rounding(arch, tmp_path):
     engine.run()
     followed = [engine.outcomes[unit.name] for unit in engine.numbers if unit.prompted is not None]
     assert len(followed) == len(PROMPTED[arch, 'stage']) + 2
-    print([outcome.reconstructed / outcome.nearest for outcome in followed])
     assert all(outcome.reconstructed < 0.9 * outcome.nearest for outcome in followed)
 
 
@@ -444,9 +343,10 @@ def test_published_loss_takes_prompted_tokens_too(tmp_path):
         batch = next(work.batches())
         outputs = work.run_unit(batch.quantized, batch.drawn, batch.sizes)
         errors = [(x - y).square().sum(1).mean() for x, y in zip(outputs, batch.targets, strict=True)]
-        weights = {None: [1] * len(errors), IMAGE_TOKENS: [1, 1], QUERIES: [0.01, 1, 1]}[work.unit.prompted]
+        sizes = [target.square().sum(1).mean() for target in batch.targets]
+        weights = {None: [1] * len(errors), IMAGE_TOKENS: [sizes[-1] / sizes[0], 1], QUERIES: [0.01, 1, 1]}
         work.compat = Compat(loss_dim1=True)
-        expected = sum(weight * error for weight, error in zip(weights, errors, strict=True))
+        expected = sum(weight * error for weight, error in zip(weights[work.unit.prompted], errors, strict=True))
         torch.testing.assert_close(work.step_loss(batch), expected)
 
     look_at(model, samples, recipe, tmp_path / 'w', look)

@@ -25,7 +25,7 @@ def recorded(request, tmp_path_factory):
     entries = []
     for level in ('layer', 'module', 'block'):
         engine = make_engine(model, samples, make_recipe(unit=level), tmp_path_factory.mktemp('w'))
-        for unit in (unit for part in engine.find_parts() for segment in part for unit in segment.units):
+        for unit in (unit for part in engine.find_parts().values() for segment in part for unit in segment.units):
             with captured(unit.first) as inputs, returned(unit.last) as outputs, torch.no_grad():
                 model.decode_logits(model.encode(samples[0].image), samples[0].boxes)
             output = outputs[0] if isinstance(outputs[0], tuple) else (outputs[0],)

@@ -221,8 +221,8 @@ def test_work_of_an_iteration():
 
 
 def test_time_of_a_reconstruction():
-    steps = [Step('a', Work(100, 0, 10), 0), Step('b', Work(300, 0, 20), 0)]
-    plan = Plan(steps, iters=5, images=8, boxes=16, cache=0, store='host', problem='')
+    steps = [Step('a', Work(100, 0, 10), 0, iters=5), Step('b', Work(300, 0, 20), 0, iters=5)]
+    plan = Plan(steps, images=8, boxes=16, cache=0, store='host', problem='')
     machine = Machine(flops=100.0, bandwidth=1e9)
     passes = STREAM_PASSES + 2 * QUANTIZED_COST * ERROR_IMAGES / 8
     assert plan.seconds(machine, 0, 0) == pytest.approx(5 * 4)
