@@ -6,31 +6,19 @@ from pydantic import Field, field_validator, model_validator
 
 from ptqsam.config.base import PARTS, Part, PartName, Schema, UnitLevel
 
+# one image per iteration, with all of its positions and up to 16 boxes
+_WHOLE_IMAGES = dict(batch_size=1, tokens_per_step=None, max_boxes=16)
+_ABSOLUTE = dict(relative_scale_lr=False, relative_regulariser=False)
+_RELATIVE = dict(scale_lr=0.01, relative_scale_lr=True, regulariser=100.0, relative_regulariser=True)
 PRESETS: dict[str, dict[str, Any]] = {
     # the settings of PTQ4SAM, AHCPTQ and AHCQ-SAM (methods.md 1.5)
-    'paper': dict(
-        iters=20000,
-        batch_size=1,
-        tokens_per_step=None,
-        max_boxes=16,
-        weight_lr=1e-3,
-        scale_lr=4e-5,
-        relative_scale_lr=False,
-        regulariser=0.01,
-        relative_regulariser=False,
-    ),
+    'paper': dict(iters=20000, weight_lr=1e-3, scale_lr=4e-5, regulariser=0.01, **_WHOLE_IMAGES, **_ABSOLUTE),
+    # those of SAQ-SAM, whose released code has no regulariser
+    'paper_saq': dict(iters=2000, weight_lr=1e-3, scale_lr=2e-3, regulariser=0.02, **_WHOLE_IMAGES, **_ABSOLUTE),
     # chosen on units of MobileSAM by the error on calibration images that were held out (docs/reconstruction.md)
-    'fast': dict(
-        iters=200,
-        batch_size=4,
-        tokens_per_step=1024,
-        max_boxes=4,
-        weight_lr=0.1,
-        scale_lr=0.01,
-        relative_scale_lr=True,
-        regulariser=100.0,
-        relative_regulariser=True,
-    ),
+    'fast': dict(iters=200, batch_size=4, tokens_per_step=1024, max_boxes=4, weight_lr=0.1, **_RELATIVE),
+    # likewise, for units that need whole images (docs/saq_sam.md): fewer and larger steps
+    'fast_stage': dict(iters=60, weight_lr=0.3, **_WHOLE_IMAGES | dict(max_boxes=4), **_RELATIVE),
 }
 
 
@@ -66,12 +54,13 @@ class Reconstruction(Schema):
     """How the rounding of weights and the scales of activations are learned (methods.md 1.5).
 
     Attributes:
-        preset: where what is left out comes from; `paper` or `fast`.
+        preset: where what is left out comes from (`PRESETS`).
         unit: smallest thing reconstructed.
         activations: quantize activations meanwhile and learn their scales; False: weights only, as AdaRound and BRECQ.
         loss: reconstruction loss.
-        drift_correction: the targets of a segment (stage or block) are what the float model makes of the quantized
-            model's input, not of its own; errors made before are left alone then.
+        drift_correction: the targets of a segment of the encoder (stage or block) are what the float model makes of the
+            quantized model's input, those of the decoder what it makes of the quantized image embedding; errors made
+            before are left alone then.
         encoder: what is different in the image encoder.
         decoder: what is different in the mask decoder.
         drop_prob: probability of keeping the quantized value (QDrop's name); 1 drops nothing.
@@ -92,7 +81,7 @@ class Reconstruction(Schema):
         cache: where activations are kept.
     """
 
-    preset: Literal['paper', 'fast'] = 'fast'
+    preset: Literal['paper', 'fast', 'paper_saq', 'fast_stage'] = 'fast'
     unit: UnitLevel = 'module'
     activations: bool = True
     loss: Part = Part(type='SquaredError')

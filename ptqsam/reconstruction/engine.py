@@ -103,18 +103,22 @@ class Reconstructor:
         total = sum(settings.iters for settings in self.of_unit.values())
         with progress_bar(total, 'reconstruct', 'iteration') as self.bar:
             encoders = [partial(self.model.encode, sample.image) for sample in self.samples]
-            plain, quantized = self.run_part(parts['encoder'], encoders, encoders, self.follow_encoder)
-            decoders = [
-                [
-                    partial(self.model.decode_logits, embedding, sample.boxes)
-                    for embedding, sample in zip(embeddings, self.samples, strict=True)
-                    if len(sample.boxes)
-                ]
-                for embeddings in (plain, quantized)
-            ]
-            self.run_part(parts['decoder'], decoders[0], decoders[1], partial(self.follow_decoder, quantized))
+            # with one stream, the float model is given what the quantized one makes of the stages before
+            plain_encoders = None if self.settings.drift_correction else encoders
+            plain, quantized = self.run_part(parts['encoder'], plain_encoders, encoders, self.follow_encoder)
+            decoders = (self.decoders(plain), self.decoders(quantized))
+            if parts['decoder']:
+                self.run_part(parts['decoder'], *decoders, partial(self.follow_decoder, quantized))
         for quantizer in quantizers(self.target):
             quantizer.mode = 'quantize'
+
+    def decoders(self, embeddings: Sequence[Tensor]) -> list[Callable[[], Any]]:
+        """Forwards of the decoder, for the images that have boxes."""
+        return [
+            partial(self.model.decode_logits, embedding, sample.boxes)
+            for embedding, sample in zip(embeddings, self.samples, strict=True)
+            if len(sample.boxes)
+        ]
 
     def follow_encoder(self, index: int, draw: Draw) -> Any:
         """Run the model on an image and all of its boxes."""
@@ -143,7 +147,7 @@ class Reconstructor:
     def run_part(
         self,
         segments: Sequence[Segment],
-        plain_forwards: Sequence[Callable[[], Any]],
+        plain_forwards: Sequence[Callable[[], Any]] | None,
         quantized_forwards: Sequence[Callable[[], Any]],
         follow: Callable[[int, Draw], Any],
     ) -> tuple[list[Any], list[Any]]:
@@ -151,7 +155,8 @@ class Reconstructor:
 
         Args:
             segments: in the order of execution.
-            plain_forwards: one per image, with what the float model gives.
+            plain_forwards: one per image, with what the float model gives; None: the quantized model feeds the float
+                segments, too (drift correction).
             quantized_forwards: one per image, with what the quantized model gives.
             follow: runs the model on an image to its masks, for units that are followed to their prompted tokens.
 
@@ -161,11 +166,12 @@ class Reconstructor:
         with torch.no_grad():
             if not segments:
                 with original_weights(self.target):
-                    plain_results = [forward() for forward in plain_forwards]
-                return plain_results, [forward() for forward in quantized_forwards]
+                    plain_results = [forward() for forward in plain_forwards or ()]
+                quantized_results = [forward() for forward in quantized_forwards]
+                return plain_results or quantized_results, quantized_results
             quantized = Stream(quantized_forwards, segments, self.new_cache)
             plain = quantized
-            if not self.settings.drift_correction:
+            if plain_forwards is not None:
                 with original_weights(self.target):
                     plain = Stream(plain_forwards, segments, self.new_cache)
         results: tuple[list[Any], list[Any]] = ([], [])

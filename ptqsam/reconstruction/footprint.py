@@ -108,12 +108,10 @@ def cache_bytes(model: Any, target: nn.Module, settings: Reconstruction, samples
     finally:
         if handle is not None:
             handle.remove()
-    streams = 1 if settings.drift_correction else 2
-    sizes = [
-        size
-        for part, (own, made) in zip(parts, notes, strict=True)
-        for size in _segment_bytes(part.segments, own, made, prompted, streams)
-    ]
+    sizes: list[int] = []
+    for part, (own, made) in zip(parts, notes, strict=True):
+        streams = 1 if settings.drift_correction and part.name == 'encoder' else 2
+        sizes += _segment_bytes(part.segments, own, made, prompted, streams)
     # a prompt-aware reconstruction leaves out images without boxes
     images = sum(len(sample.boxes) > 0 for sample in samples) if is_prompt_aware(settings) else len(samples)
     return images * max(sizes, default=0)

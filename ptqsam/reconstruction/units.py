@@ -103,16 +103,19 @@ def find_parts(
         forwards: of the image encoder and of the mask decoder.
 
     Returns:
-        Part -> its segments in the order of execution; without units in a part that is not reconstructed.
+        Part -> its segments in the order of execution. An encoder that is not reconstructed has no units, but leads to
+        the decoder; a decoder that is not has no segments.
 
     Raises:
         ConfigError: a module that is to be a unit runs more than once in a forward.
     """
-    parts: dict[PartName, list[Segment]] = {}
-    levels = [settings.of(part).unit for part in PARTS]
-    found = {level: find_segments(model, level, forwards) for level in dict.fromkeys(levels)}
-    for number, part in enumerate(PARTS):
-        parts[part] = found[levels[number]][number]
+    parts: dict[PartName, list[Segment]] = {part: [] for part in PARTS}
+    # a decoder that is not reconstructed need not run
+    needed = PARTS if 'decoder' in settings.parts else PARTS[:1]
+    levels = {part: settings.of(part).unit for part in needed}
+    found = {level: find_segments(model, level, forwards[: len(needed)]) for level in dict.fromkeys(levels.values())}
+    for number, part in enumerate(needed):
+        parts[part] = found[levels[part]][number]
         loss = RECON_LOSSES.get(settings.of(part).loss.type)
         follow = getattr(loss, 'prompt_aware', False)
         for segment in parts[part]:

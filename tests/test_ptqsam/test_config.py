@@ -77,7 +77,10 @@ def test_mistakes_are_one_clear_line(change, message):
         ({'presett': 'fast'}, "unknown key 'reconstruction.presett' (did you mean 'preset'?)"),
         ({'iter': 3}, "unknown key 'reconstruction.iter' (did you mean 'iters'?)"),
         ({'cache': {'stor': 'disk'}}, "unknown key 'reconstruction.cache.stor' (did you mean 'store'?)"),
-        ({'preset': 'slow'}, "key 'reconstruction.preset': input should be 'paper' or 'fast', got 'slow'"),
+        (
+            {'preset': 'slow'},
+            "key 'reconstruction.preset': input should be 'paper', 'fast', 'paper_saq' or 'fast_stage', got 'slow'",
+        ),
         ({'preset': ['fast']}, "key 'reconstruction.preset'"),
         ({'preset': None}, "key 'reconstruction.preset'"),
         (

@@ -51,6 +51,7 @@ class Expected:
         unit: level of the reconstruction; None: there is none.
         scales: whether it learns scales of activations.
         loss: reconstruction loss.
+        preset: of the reconstruction.
     """
 
     act: str = 'Uniform'
@@ -63,6 +64,7 @@ class Expected:
     unit: str | None = None
     scales: bool = True
     loss: str = 'SquaredError'
+    preset: str = 'fast'
 
     def quantizer(self, point: Point) -> str:
         """Quantizer of a point."""
@@ -79,7 +81,7 @@ class Expected:
 
 AHCQ = dict(softmax='LNQ', lin2='HLUQ', grouped=True, hooks=('BimodalIntegration', 'ConditionNumberReduction'))
 SAQ = dict(softmax='AGQ', hooks=('BimodalIntegration', 'PerceptualClipping'))
-PAR = dict(act='LSQ', unit='stage', loss='PromptAware')
+PAR = dict(act='LSQ', unit='stage', loss='PromptAware', preset='fast_stage')
 PTQ4SAM = dict(softmax='AGQ', observers=('MSE', 'AvgMinMax'), hooks=('BimodalIntegration',))
 ALGORITHMS = {
     'minmax': Expected(observers=('MinMax', 'MinMax')),
@@ -178,7 +180,7 @@ def test_quantizers_stand_where_the_method_wants_them(recipe):
     assert tuple(hook.type for hook in config.hooks) == expected.hooks
     assert (config.reconstruction and config.reconstruction.unit) == expected.unit
     if config.reconstruction is not None:
-        assert config.reconstruction.preset == 'fast'
+        assert config.reconstruction.preset == expected.preset
         assert config.reconstruction.activations == expected.scales
         assert config.reconstruction.loss.type == expected.loss
     assert not config.compat.active, 'no shipped recipe reproduces a defect'

@@ -239,6 +239,7 @@ def test_boxes_of_an_iteration(arch, tokens, tmp_path):
         turn_on, rng = switched_off(*work.unit.modules.values()), np.random.default_rng(0)
         for _ in range(5):
             batch = work.fetch(work.draw(rng))
+            batch.quantized = batch.plain  # in the decoder they have drifted apart
             assert len(batch.drawn) == 3 and sum(batch.sizes) == len(batch.targets[0])
             if work.data.path is not None:
                 torch.testing.assert_close(work.step_loss(batch), torch.tensor(0.0), rtol=0, atol=1e-6)
@@ -277,17 +278,18 @@ def test_other_boxes_give_other_tokens(tmp_path):
 @STAGES
 @torch.no_grad()
 def test_drift_correction(arch, tmp_path):
-    """The targets of a segment are the float segment on the quantized model's input, and so for the decoder."""
+    """Targets of a stage are the float stage on the quantized input, those of the decoder the float decoder's on the
+    quantized embedding."""
     recipe = prompt_aware(drift_correction=True)
     model, samples = calibrated_model(arch, recipe)
-    twin, seen = float_twin(model), []
+    twin, seen, drifted = float_twin(model), {}, {}
 
     def look(work):
         data, name = work.data, work.unit.name
         modules = [twin.sam.get_submodule(path) for path in work.unit.modules]
+        seen[name] = []
         for index in range(len(data.targets)):
-            inputs = data.quantized.get(index)
-            assert all(torch.equal(*pair) for pair in zip(inputs, data.plain.get(index), strict=True)), name
+            inputs = data.plain.get(index)
             args, kwargs = Arguments.restore(inputs, data.layout)
             result = modules[0](*args, **kwargs)
             for module in modules[1:]:
@@ -295,10 +297,17 @@ def test_drift_correction(arch, tmp_path):
             expected = tree_leaves(result)
             targets = data.targets.get(index)[: len(expected)]
             assert all(torch.equal(*pair) for pair in zip(targets, expected, strict=True)), name
-        seen.append(name)
+            seen[name].append((inputs, expected))
+        pairs = [zip(data.quantized.get(i), data.plain.get(i), strict=True) for i in range(len(data.targets))]
+        drifted[name] = not all(torch.equal(*pair) for image in pairs for pair in image)
 
     engine = look_at(model, samples, recipe, tmp_path / 'w', look)
-    assert len(seen) == len(engine.numbers) and any(name.startswith('mask_decoder') for name in seen)
+    assert len(seen) == len(engine.numbers)
+    layers = 'mask_decoder.transformer.layers.0', 'mask_decoder.transformer.layers.1'
+    decoder = [name for name in seen if name.startswith('mask_decoder')]
+    assert [name for name in seen if drifted[name]] == decoder[1:], 'the first layer is given the quantized embedding'
+    for (_, outputs), (inputs, _) in zip(seen[layers[0]], seen[layers[1]], strict=True):
+        assert all(any(torch.equal(output, given) for given in inputs) for output in outputs)
 
 
 @STAGES
