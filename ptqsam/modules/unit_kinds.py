@@ -19,7 +19,7 @@ class UnitKind:
         positions: how a part of its input is drawn (`ptqsam.reconstruction.sampling`).
         channel_axis: axis of the channels in its output; None: 1 where its last operator is a convolution, else -1.
         ends_stage: whether a stage ends with this instance; None: instances do not form stages.
-        prompted: which output of the two-way transformer prompt-aware reconstruction looks at when this makes the
+        followed_to: which output of the two-way transformer prompt-aware reconstruction looks at when this makes the
             output of a segment: `QUERIES` or `IMAGE_TOKENS`; None: its own output is all there is to look at.
         skipped: layer skipping leaves it out: it adds to what it gets, and keeps the shape.
     """
@@ -28,7 +28,7 @@ class UnitKind:
     positions: str = 'batch'
     channel_axis: int | None = None
     ends_stage: Callable[[Any], bool] | None = None
-    prompted: int | None = None
+    followed_to: int | None = None
     skipped: bool = False
 
 
@@ -41,16 +41,16 @@ TWO_WAY_TRANSFORMER = f'{_SAM}.transformer.TwoWayTransformer'
 _KINDS: dict[str, UnitKind] = {
     f'{_SAM}.image_encoder.PatchEmbed': UnitKind('block', channel_axis=-1),
     f'{_SAM}.image_encoder.Block': UnitKind(
-        'block', ends_stage=lambda block: block.window_size == 0, prompted=IMAGE_TOKENS, skipped=True
+        'block', ends_stage=lambda block: block.window_size == 0, followed_to=IMAGE_TOKENS, skipped=True
     ),
-    f'{_SAM}.transformer.TwoWayAttentionBlock': UnitKind('block', prompted=QUERIES),
+    f'{_SAM}.transformer.TwoWayAttentionBlock': UnitKind('block', followed_to=QUERIES),
     f'{_TIMM}.PatchEmbed': UnitKind('block'),
     f'{_TIMM}.ConvNorm': UnitKind('module', 'crop'),
     f'{_TIMM}.MBConv': UnitKind('module', 'crop'),
     f'{_TIMM}.PatchMerging': UnitKind('module', 'crop'),
-    f'{_TIMM}.TinyVitBlock': UnitKind('block', channel_axis=-1, prompted=IMAGE_TOKENS, skipped=True),
-    f'{_TIMM}.ConvLayer': UnitKind('stage', 'crop', prompted=IMAGE_TOKENS),
-    f'{_TIMM}.TinyVitStage': UnitKind('stage', channel_axis=1, prompted=IMAGE_TOKENS),
+    f'{_TIMM}.TinyVitBlock': UnitKind('block', channel_axis=-1, followed_to=IMAGE_TOKENS, skipped=True),
+    f'{_TIMM}.ConvLayer': UnitKind('stage', 'crop', followed_to=IMAGE_TOKENS),
+    f'{_TIMM}.TinyVitStage': UnitKind('stage', channel_axis=1, followed_to=IMAGE_TOKENS),
 }
 
 

@@ -23,7 +23,8 @@ from ptqsam.modules.walk import act_quantizers, original_weights, quantizers, we
 from ptqsam.progress import progress_bar
 from ptqsam.quantizers import Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
-from ptqsam.reconstruction.optimise import Optimiser, Outcome, UnitData, is_prompt_aware, reset_drop_prob
+from ptqsam.reconstruction.losses import follows_prompts
+from ptqsam.reconstruction.optimise import Optimiser, Outcome, UnitData, reset_drop_prob
 from ptqsam.reconstruction.prompts import PromptPath
 from ptqsam.reconstruction.sampling import Draw
 from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
@@ -74,11 +75,11 @@ class Reconstructor:
         self.target = target
         self.recipe = recipe
         self.settings: Reconstruction = recipe.reconstruction
-        self.prompted = [sample for sample in samples if len(sample.boxes)]
-        if not self.prompted:
+        self.with_boxes = [sample for sample in samples if len(sample.boxes)]
+        if not self.with_boxes:
             raise ConfigError('reconstruction: none of the calibration images has a prompt box; draw more images')
         # what prompts make of an image shows where there are some
-        self.samples = self.prompted if is_prompt_aware(self.settings) else samples
+        self.samples = self.with_boxes if follows_prompts(self.settings) else samples
         self.new_cache = new_cache
         self.folder = folder
         self.origin = origin
@@ -133,7 +134,7 @@ class Reconstructor:
     @torch.no_grad()
     def find_parts(self) -> dict[PartName, list[Segment]]:
         """Segments of the encoder and of the decoder."""
-        sample = self.prompted[0]
+        sample = self.with_boxes[0]
         embeddings: list[Tensor] = []
         return find_parts(
             self.target,
@@ -222,7 +223,7 @@ class Reconstructor:
 
     def path_of(self, unit: Unit, stream: Stream, follow: Callable[[int, Draw], Any]) -> PromptPath | None:
         """How a unit is followed to its prompted tokens, if it is."""
-        return None if unit.prompted is None else PromptPath(self.target, stream, follow, unit)
+        return None if unit.followed_to is None else PromptPath(self.target, stream, follow, unit)
 
     def switch(self, segment: Segment, on: bool) -> None:
         """Turn the quantizers of a segment on or off; those of activations only where they take part."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ptqsam.config import PartName, Reconstruction
 from ptqsam.estimate import Work, measure_work
 from ptqsam.reconstruction.cache import entry_bytes
-from ptqsam.reconstruction.optimise import is_prompt_aware
+from ptqsam.reconstruction.losses import follows_prompts
 from ptqsam.reconstruction.prompts import PromptPath, two_way_transformer
 from ptqsam.reconstruction.sampling import Draw, batch_share, draw_positions
 from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
@@ -46,7 +47,7 @@ class Step:
     work: Work
     weights: int
     iters: int
-    part: PartName = 'encoder'
+    part: PartName
     path: Work | None = None
 
     @property
@@ -56,15 +57,6 @@ class Step:
         path = self.path or Work(0, 0, 0)
         peak = self.work.peak * (1 + ADDED_MEMORY) + path.peak
         return Work(self.work.flops + path.flops, round(traffic) + path.traffic, round(peak))
-
-
-class _Standing(Stream):
-    """Stands at a segment for one image, without the activations of a stream."""
-
-    def __init__(self, segments: Sequence[Segment], position: int, outputs: Sequence[Any]) -> None:
-        self.segments = segments
-        self.position = position
-        self.placeholders = [list(outputs[:position])]
 
 
 @dataclass(frozen=True)
@@ -95,12 +87,14 @@ def cache_bytes(model: Any, target: nn.Module, settings: Reconstruction, samples
     """
     dtype = getattr(torch, settings.cache.dtype)
     parts = list(_parts(model, target, settings, samples))
-    followed = any(unit.prompted is not None for part in parts for segment in part.segments for unit in segment.units)
-    # bytes of what leaves the two-way transformer
-    prompted: list[int] = []
+    followed = any(
+        unit.followed_to is not None for part in parts for segment in part.segments for unit in segment.units
+    )
+    # of what leaves the two-way transformer
+    token_bytes: list[int] = []
 
     def note(_: nn.Module, args: Any, output: Any) -> None:
-        prompted.extend(entry_bytes([tokens], dtype) for tokens in output)
+        token_bytes.extend(entry_bytes([tokens], dtype) for tokens in output)
 
     handle = two_way_transformer(target).register_forward_hook(note) if followed else None
     try:
@@ -111,9 +105,9 @@ def cache_bytes(model: Any, target: nn.Module, settings: Reconstruction, samples
     sizes: list[int] = []
     for part, (own, made) in zip(parts, notes, strict=True):
         streams = 1 if settings.drift_correction and part.name == 'encoder' else 2
-        sizes += _segment_bytes(part.segments, own, made, prompted, streams)
+        sizes += _segment_bytes(part.segments, own, made, token_bytes, streams)
     # a prompt-aware reconstruction leaves out images without boxes
-    images = sum(len(sample.boxes) > 0 for sample in samples) if is_prompt_aware(settings) else len(samples)
+    images = sum(len(sample.boxes) > 0 for sample in samples) if follows_prompts(settings) else len(samples)
     return images * max(sizes, default=0)
 
 
@@ -137,8 +131,8 @@ def iteration_steps(model: Any, target: nn.Module, settings: Reconstruction, sam
         for unit, place in units.items():
             arguments, path, added = Arguments.of(calls[unit][0]), None, None
             work = _step_work(unit, arguments, own, len(samples), None)
-            if unit.prompted is not None:
-                standing = _Standing(part.segments, place, [found[0] for found in outputs])
+            if unit.followed_to is not None:
+                standing = Stream.standing(part.segments, place, [found[0] for found in outputs])
                 path = PromptPath(target, standing, part.follow, unit)
                 whole = _step_work(unit, arguments, own, len(samples), path)
                 added = Work(whole.flops - work.flops, whole.traffic - work.traffic, whole.peak - work.peak)
@@ -202,7 +196,7 @@ def _note_sizes(
 
 
 def _segment_bytes(
-    segments: Sequence[Segment], own: dict[Unit, int], made: dict[Unit, int], prompted: Sequence[int], streams: int
+    segments: Sequence[Segment], own: dict[Unit, int], made: dict[Unit, int], token_bytes: Sequence[int], streams: int
 ) -> Iterator[int]:
     """Bytes that all caches take per image while each segment is the current one.
 
@@ -210,11 +204,11 @@ def _segment_bytes(
         segments: of one part of the model, in the order of execution.
         own: bytes of inputs.
         made: bytes of outputs.
-        prompted: bytes of what leaves the two-way transformer, which units that are followed to it have among targets.
+        token_bytes: of what leaves the two-way transformer, which units that are followed to it have among targets.
         streams: 2, or 1 where the float model has none of its own.
     """
-    for segment, following in zip(segments, [*segments[1:], None], strict=True):
-        tokens = sum(prompted[unit.prompted] for unit in segment.units if unit.prompted is not None)
+    for segment, following in zip_longest(segments, segments[1:]):
+        tokens = sum(token_bytes[unit.followed_to] for unit in segment.units if unit.followed_to is not None)
         units = sum(own[unit] + made[unit] for unit in segment.units) + tokens
         largest = max((own[unit] for unit in segment.units), default=0)
         ahead = own[following] if following is not None else 0

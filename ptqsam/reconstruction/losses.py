@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptqsam.config import Reconstruction
 from ptqsam.errors import ConfigError
 from ptqsam.modules.unit_kinds import QUERIES
-from ptqsam.registry import RECON_LOSSES
+from ptqsam.registry import RECON_LOSSES, build_part
 
 
 @RECON_LOSSES.register_module()
@@ -55,21 +56,21 @@ class SquaredError:
 class PromptAware(SquaredError):
     """Squared error of what the prompts make of a unit's output (PAR of SAQ-SAM). Methods.md 4.2.
 
-    With ``prompted`` the error of the tokens that leave the two-way transformer (image tokens for a stage of the
-    encoder, final queries for a layer of that transformer), the loss of a stage is ``alpha * prompted + stage * r *
-    output``, r the ratio of the mean squares of both targets, that of a layer ``alpha * prompted + beta *
-    (queries_weight * queries + keys)``. Other units (neck, final attention) have the squared error of their output.
+    A stage of the encoder: ``alpha * tokens + stage * r * output``; tokens are the image tokens that leave the two-way
+    transformer, r is the ratio of the mean squares of the targets of both.
+    A layer of that transformer: ``alpha * tokens + beta * (queries_weight * queries + keys)``; tokens are its final
+    queries. Other units (neck, final attention): the squared error of their output.
 
     The paper has the stage's own error in the loss of the encoder, the released code computes it and leaves it out.
 
     Args:
-        alpha: weight of the prompted tokens, above 0. Default 1.
+        alpha: weight of the tokens that have met the prompts, above 0. Default 1.
         beta: weight of the outputs of a layer of the two-way transformer. Default 1.
         queries_weight: weight of the queries among them. Default 0.01.
         stage: weight of the output of a stage of the encoder. Default 1; the released code: 0.
 
     Raises:
-        ConfigError: a weight that is no number from 0 on.
+        ConfigError: a weight below 0, or alpha of 0.
     """
 
     prompt_aware = True
@@ -89,25 +90,25 @@ class PromptAware(SquaredError):
         targets: Sequence[Tensor],
         channel_axes: Sequence[int],
         valid: Tensor | None = None,
-        prompted: int | None = None,
+        followed_to: int | None = None,
     ) -> Tensor:
         """Loss of one iteration.
 
         Args:
-            outputs: of the quantized unit and, if it is followed, the prompted tokens as the last one.
+            outputs: of the quantized unit and, if it is followed, the tokens that have met the prompts as the last one.
             targets: of the float unit, same shapes.
             channel_axes: channel axis of each output.
             valid: as in `SquaredError`.
-            prompted: which output of the two-way transformer the prompted tokens are; None: the unit is not followed.
+            followed_to: which output of the two-way transformer these are; None: the unit is not followed.
 
         Returns:
             0-dim.
         """
-        if prompted is None:
+        if followed_to is None:
             return super().__call__(outputs, targets, channel_axes, valid)
         terms = list(zip(outputs, targets, channel_axes, strict=True))
         *own, tokens = (_term(*term, None) for term in terms)
-        if prompted == QUERIES:
+        if followed_to == QUERIES:
             queries, keys = own
             return self.alpha * tokens + self.beta * (self.queries_weight * queries + keys)
         if not self.stage:
@@ -131,3 +132,22 @@ def _term(output: Tensor, target: Tensor, axis: int, valid: Tensor | None) -> Te
     error = F.mse_loss(output, target, reduction='none').sum(axis)
     # no boolean index: it would make the host wait for the number of positions
     return (error * valid).sum() / valid.sum().clamp(min=1)
+
+
+def make_loss(settings: Reconstruction) -> Any:
+    """Build the reconstruction loss of a recipe.
+
+    Args:
+        settings: its section.
+
+    Raises:
+        ConfigError: unknown loss, or arguments that it refuses.
+    """
+    return build_part(RECON_LOSSES, settings.loss.type, **settings.loss.kwargs())
+
+
+def follows_prompts(settings: Reconstruction) -> bool:
+    """Whether the loss of a recipe, in some part of SAM that is reconstructed, follows units to the prompts."""
+    losses = [RECON_LOSSES.get(settings.of(part).loss.type) for part in settings.parts]
+    # a loss of somebody else may know nothing of prompts
+    return any(getattr(loss, 'prompt_aware', False) for loss in losses)

@@ -21,13 +21,13 @@ from ptqsam.functional import drop_mask, mix
 from ptqsam.modules import QuantOp
 from ptqsam.quantizers import LSQ, Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
+from ptqsam.reconstruction.losses import make_loss
 from ptqsam.reconstruction.prompts import PromptPath
 from ptqsam.reconstruction.rounding import SoftRounding, regulariser_weight, temperature
 from ptqsam.reconstruction.sampling import Draw, batch_share, draw_positions
 from ptqsam.reconstruction.scales import merge_scales, scale_groups
 from ptqsam.reconstruction.streams import Arguments
 from ptqsam.reconstruction.units import Unit
-from ptqsam.registry import RECON_LOSSES, build_part
 
 # images on which the error of a unit is measured before and after
 ERROR_IMAGES = 4
@@ -115,23 +115,6 @@ class Batch:
     drawn: list[tuple[int, Draw]]
     sizes: list[int]
     valid: Tensor | None
-
-
-def make_loss(settings: Reconstruction) -> Any:
-    """Build the reconstruction loss of a recipe.
-
-    Args:
-        settings: its section.
-
-    Raises:
-        ConfigError: unknown loss, or arguments that it refuses.
-    """
-    return build_part(RECON_LOSSES, settings.loss.type, **settings.loss.kwargs())
-
-
-def is_prompt_aware(settings: Reconstruction) -> bool:
-    """Whether some part of SAM is reconstructed with a loss that follows units to their prompted tokens."""
-    return any(getattr(make_loss(settings.of(part)), 'prompt_aware', False) for part in settings.parts)
 
 
 class Optimiser:
@@ -329,8 +312,8 @@ class Optimiser:
             valid: positions that count, None for all.
         """
         # a loss that knows nothing of prompts need not take the argument
-        prompted = {} if self.data.path is None else {'prompted': self.unit.prompted}
-        return self.loss(outputs, targets, self.channel_axes(len(outputs)), valid, **prompted)
+        extra = {} if self.data.path is None else {'followed_to': self.unit.followed_to}
+        return self.loss(outputs, targets, self.channel_axes(len(outputs)), valid, **extra)
 
     @torch.no_grad()
     def error(self) -> float:

@@ -27,17 +27,17 @@ class PromptPath:
         target: SAM with quant modules; the quantizers of all that follows the segment are `off`.
         stream: stands at the segment.
         forward: image and draw -> runs the model from that image to masks, prompted with the boxes that were drawn.
-        unit: all of the current segment; its `prompted` says which output of the transformer is wanted.
+        unit: all of the current segment; its `followed_to` says which output of the transformer is wanted.
 
     Source: SAQ-SAM (arXiv 2503.06515), section on prompt-aware reconstruction.
     """
 
     def __init__(self, target: nn.Module, stream: Stream, forward: Callable[[int, Draw], Any], unit: Unit) -> None:
-        assert unit.prompted is not None
+        assert unit.followed_to is not None
         self.target = target
         self.stream = stream
         self.forward = forward
-        self.output = unit.prompted
+        self.output = unit.followed_to
         transformer: Any = two_way_transformer(target)
         # its last attention changes the queries only
         self.end = transformer if self.output == QUERIES else transformer.layers[-1]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,19 @@ class Stream:
             arguments = self._reach(index, None)
             self.inputs.append(arguments.tensors)
             self.layout = arguments.layout
+
+    @classmethod
+    def standing(cls, segments: Sequence[Segment], position: int, outputs: Sequence[Any]) -> 'Stream':
+        """Stand at a segment with one image, without activations: enough to tell what follows it.
+
+        Args:
+            segments: as in the constructor.
+            position: index of the segment.
+            outputs: of all segments before it.
+        """
+        stream = cls((), segments, cast(NewCache, list))
+        stream.position, stream.placeholders = position, [list(outputs[:position])]
+        return stream
 
     @torch.no_grad()
     def run(self, index: int) -> Any:

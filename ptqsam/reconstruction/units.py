@@ -36,8 +36,8 @@ class Unit:
         channel_axis: axis of the channels in its outputs.
         reach: how far, in input pixels, a convolutional unit looks around.
         stride: input pixels per output pixel.
-        prompted: which output of the two-way transformer its loss looks at (`ptqsam.modules.unit_kinds`); None: none,
-            its own outputs are all.
+        followed_to: which output of the two-way transformer its loss looks at (`ptqsam.modules.unit_kinds`); None: its
+            own outputs are all.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Unit:
     channel_axis: int = -1
     reach: int = 0
     stride: int = 1
-    prompted: int | None = None
+    followed_to: int | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the modules."""
@@ -116,16 +116,15 @@ def find_parts(
     found = {level: find_segments(model, level, forwards[: len(needed)]) for level in dict.fromkeys(levels.values())}
     for number, part in enumerate(needed):
         parts[part] = found[levels[part]][number]
-        loss = RECON_LOSSES.get(settings.of(part).loss.type)
-        follow = getattr(loss, 'prompt_aware', False)
+        follow = getattr(RECON_LOSSES.get(settings.of(part).loss.type), 'prompt_aware', False)
         for segment in parts[part]:
             if part not in settings.parts:
                 segment.units = []
             kind = unit_kind(segment.last)
             for unit in segment.units:
                 if follow and kind is not None and unit.modules == segment.modules:
-                    unit.prompted = kind.prompted
-                if unit.prompted is not None:
+                    unit.followed_to = kind.followed_to
+                if unit.followed_to is not None:
                     unit.positions = 'batch'  # what follows needs the whole image
     return parts
 

@@ -21,7 +21,7 @@ from ptqsam.progress import progress
 from ptqsam.reconstruction.cache import ActivationCache, choose_store
 from ptqsam.reconstruction.engine import Reconstructor, Sample
 from ptqsam.reconstruction.footprint import cache_bytes
-from ptqsam.reconstruction.optimise import make_loss
+from ptqsam.reconstruction.losses import make_loss
 from ptqsam.solver.calibrate import limit_boxes
 
 CALIBRATED = 'calibrated.safetensors'
@@ -145,7 +145,8 @@ def check_reconstruction(recipe: QuantConfig) -> None:
         if prompt_aware and settings.unit not in ('block', 'stage'):
             raise ConfigError(
                 f'reconstruction: {settings.loss.type} follows whole blocks and stages to the prompts, but the unit of '
-                f'the {part} is {settings.unit}; set reconstruction.unit to block or stage, or another loss'
+                f'the {part} is {settings.unit}; set reconstruction.unit (or reconstruction.{part}.unit) to block or '
+                f'stage, or reconstruction.{part}.loss.type=SquaredError'
             )
     if get_world_size() > 1:
         raise ConfigError('reconstruction: runs in one process so far; leave out --launcher')

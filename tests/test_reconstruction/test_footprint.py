@@ -157,10 +157,10 @@ def test_room_for_activations(arch, level, tmp_path):
 @pytest.mark.parametrize('streams', [1, 2])
 def test_room_for_prompted_tokens(streams):
     """Targets of a unit that is followed hold what it is followed to; the streams come on top."""
-    units = [Unit('a', {}, prompted=IMAGE_TOKENS), Unit('b', {}, prompted=QUERIES), Unit('c', {})]
+    units = [Unit('a', {}, followed_to=IMAGE_TOKENS), Unit('b', {}, followed_to=QUERIES), Unit('c', {})]
     segments = [Segment(unit.name, {}, units=[unit]) for unit in units]
     own, made = ({thing: size for pair in zip(units, segments, strict=True) for thing in pair} for size in (3, 50))
-    found = list(_segment_bytes(segments, own, made, prompted=(700, 9000), streams=streams))
+    found = list(_segment_bytes(segments, own, made, token_bytes=(700, 9000), streams=streams))
     # input of the segment and of the next one; inputs of the unit in both models, its output
     assert found == [streams * 6 + 3 + 3 + 50 + 9000, streams * 6 + 3 + 3 + 50 + 700, streams * 3 + 3 + 3 + 50]
 
@@ -188,7 +188,7 @@ def test_prompt_aware_is_described(tiny, tmp_path, capsys):
     # one stage of both blocks, neck, two layers, last attention
     assert dry_run(tiny, tmp_path, capsys, 'unit: stage, loss: {type: PromptAware}') == [
         'reconstruct 5 units (unit=stage), 7 iterations each, 35 in total; preset fast',
-        'prompt-aware: 3 of them are followed to the tokens that have met the prompts',
+        'prompt-aware: 3 of 5 units learn from tokens behind the two-way transformer',
     ]
 
 
@@ -196,9 +196,9 @@ def test_parts_are_described(tiny, tmp_path, capsys):
     options = 'unit: stage, encoder: {iters: 3, loss: {type: PromptAware, stage: 0}}, decoder: {unit: block}'
     assert dry_run(tiny, tmp_path, capsys, options) == [
         'reconstruct 5 units, 27 iterations in total; preset fast',
-        "encoder: 2 units (unit=stage), 3 iterations each, loss={'type': 'PromptAware', 'stage': 0}",
+        'encoder: 2 units (unit=stage), 3 iterations each, loss=PromptAware stage=0',
         'decoder: 3 units (unit=block), 7 iterations each, loss=SquaredError',
-        'prompt-aware: 1 of them are followed to the tokens that have met the prompts',
+        'prompt-aware: 1 of 5 units learn from tokens behind the two-way transformer',
     ]
     assert dry_run(tiny, tmp_path, capsys, 'unit: block, encoder: {enabled: false}') == [
         'reconstruct 3 units, 21 iterations in total; preset fast',

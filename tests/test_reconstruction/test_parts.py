@@ -54,7 +54,7 @@ def test_parts_have_their_own_settings(tmp_path):
         },
         'mask_decoder.transformer.final_attn_token_to_image': 3,
     }
-    followed = {unit.name: unit.prompted for unit in engine.numbers if unit.prompted is not None}
+    followed = {unit.name: unit.followed_to for unit in engine.numbers if unit.followed_to is not None}
     assert followed == {f'image_encoder.{name}': IMAGE_TOKENS for name in ('blocks.0..1', 'blocks.2..3')}
     assert engine.bar.total == 3 * 2 + 9 * 3
 

@@ -59,7 +59,7 @@ def test_zero_for_the_float_model(arch, level, drift_correction, tmp_path):
 
     def look(work):
         unit, data = work.unit, work.data
-        assert (unit.prompted is None) == (data.path is None)
+        assert (unit.followed_to is None) == (data.path is None)
         followed.extend([unit.name] * (data.path is not None))
         turn_on = switched_off(*unit.modules.values())
         for index in range(len(data.targets)):
@@ -243,9 +243,9 @@ def test_boxes_of_an_iteration(arch, tokens, tmp_path):
             assert len(batch.drawn) == 3 and sum(batch.sizes) == len(batch.targets[0])
             if work.data.path is not None:
                 torch.testing.assert_close(work.step_loss(batch), torch.tensor(0.0), rtol=0, atol=1e-6)
-            if work.unit.prompted == QUERIES:
+            if work.unit.followed_to == QUERIES:
                 fewer.append(sum(batch.sizes) < sum(BOXES))
-            if work.unit.prompted == IMAGE_TOKENS:
+            if work.unit.followed_to == IMAGE_TOKENS:
                 assert len(batch.targets[-1]) == sum(BOXES), 'stages have all boxes'
         turn_on()
 
@@ -262,7 +262,7 @@ def test_other_boxes_give_other_tokens(tmp_path):
     looked = []
 
     def look(work):
-        if work.unit.prompted != QUERIES:
+        if work.unit.followed_to != QUERIES:
             return
         *targets, tokens = work.data.targets.get(0)
         first, last = (Draw(lambda tensors, row=row: [x[row : row + 1] for x in tensors]) for row in (0, 2))
@@ -337,7 +337,7 @@ def test_better_than_nearest_rounding(arch, tmp_path):
     model, samples = calibrated_model(arch, recipe)
     engine = make_engine(model, samples, recipe, tmp_path / 'w')
     engine.run()
-    followed = [engine.outcomes[unit.name] for unit in engine.numbers if unit.prompted is not None]
+    followed = [engine.outcomes[unit.name] for unit in engine.numbers if unit.followed_to is not None]
     assert len(followed) == len(PROMPTED[arch, 'stage']) + 2
     assert all(outcome.reconstructed < 0.9 * outcome.nearest for outcome in followed)
 
@@ -355,7 +355,7 @@ def test_published_loss_takes_prompted_tokens_too(tmp_path):
         sizes = [target.square().sum(1).mean() for target in batch.targets]
         weights = {None: [1] * len(errors), IMAGE_TOKENS: [sizes[-1] / sizes[0], 1], QUERIES: [0.01, 1, 1]}
         work.compat = Compat(loss_dim1=True)
-        expected = sum(weight * error for weight, error in zip(weights[work.unit.prompted], errors, strict=True))
+        expected = sum(weight * error for weight, error in zip(weights[work.unit.followed_to], errors, strict=True))
         torch.testing.assert_close(work.step_loss(batch), expected)
 
     look_at(model, samples, recipe, tmp_path / 'w', look)
