@@ -19,12 +19,17 @@ SOLVER_HOOKS = Registry(
 RECON_LOSSES = Registry('reconstruction loss', scope='ptqsam', locations=['ptqsam.reconstruction'])
 
 
-# what papers call a class of ours
+# what papers and their code call a class of ours
 PAPER_TERMS = {
     'ACNR': 'ConditionNumberReduction',
     'BIG': 'BimodalIntegration',
+    'CAMS': 'PromptAware',
+    'CLM': 'PromptAware',
+    'FFC': 'PerceptualClipping',
     'PAR': 'PromptAware',
     'PCC': 'PerceptualClipping',
+    'REPQ-VIT': 'ScaleReparameterization',
+    'REPQVIT': 'ScaleReparameterization',
 }
 # given by ours, not by a recipe's author
 OURS = {'quantizer': {'bits', 'observer', 'ch_axis'}, 'observer': {'bits', 'symmetric', 'ch_axis'}}

@@ -10,19 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from scipy.signal import find_peaks
 from torch import Tensor, nn
 
+from ptqsam.distributed import decided_by_main
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.fileio import write_json
 from ptqsam.modules import QuantOp
 from ptqsam.modules.sam_decoder_attention import QuantDecoderAttention
+from ptqsam.modules.walk import quantizers_off
 from ptqsam.quantizers import Quantizer
 from ptqsam.registry import OBSERVERS, SOLVER_HOOKS, build_part
 from ptqsam.report.densities import plot_densities
@@ -191,6 +193,9 @@ class BimodalIntegration(Hook):
         ConfigError: a value out of range.
     """
 
+    # q and k there; what the attention returns is the same, and so is all of the encoder
+    changed_parts: ClassVar[tuple[str, ...]] = ('decoder',)
+
     def __init__(
         self,
         images: int = 1,
@@ -235,22 +240,20 @@ class BimodalIntegration(Hook):
         """
         loop: Any = runner.test_loop
         attentions = find_attentions(loop.target, loop.rules.choices)
-        found: list[Any] = [None, None]
         if is_main_process():
             # what an earlier run left must not look like the result of this one
             for name in ('big.json', 'big.png'):
                 (loop.work_dir / name).unlink(missing_ok=True)
-            # one process decides for all: with other images, others might decide otherwise
-            found = list(self.decide(loop, attentions))
-        broadcast_object_list(found)
-        for path, signs in found[0].items():
-            absorb_signs(attentions[path], signs)
+        # with other images, other processes might decide otherwise
+        signs, report = decided_by_main(lambda: self.decide(loop, attentions))
+        for path, sign in signs.items():
+            absorb_signs(attentions[path], sign)
         if loop.recipe.compat.big_observer:
             replace_key_observers(loop)
         if is_main_process():
-            for path, decision in found[1]['attentions'].items():
+            for path, decision in report['attentions'].items():
                 runner.logger.info(f'BimodalIntegration: {path}: {_describe(decision)}')
-            write_json(loop.work_dir / 'big.json', found[1])
+            write_json(loop.work_dir / 'big.json', report)
 
     def decide(self, loop: Any, attentions: dict[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Measure k, draw its densities.
@@ -302,10 +305,10 @@ def find_attentions(model: nn.Module, choices: Sequence[Choice]) -> dict[str, nn
 
 
 def collect_keys(loop: Any, attentions: dict[str, nn.Module], count: int) -> tuple[dict[str, Keys], list[str]]:
-    """Run calibration images, with the boxes that calibration will use, and remember k.
+    """Run calibration images in the float model, with the boxes that calibration will use, and remember k.
 
     Args:
-        loop: the loop, all quantizers `off`.
+        loop: the loop.
         attentions: path -> attention.
         count: images with boxes to run, as far as there are so many.
 
@@ -319,7 +322,7 @@ def collect_keys(loop: Any, attentions: dict[str, nn.Module], count: int) -> tup
     rng = np.random.default_rng(calibration.seed)
     keys = {path: Keys() for path in attentions}
     images: list[str] = []
-    with watch_keys(attentions, keys, images):
+    with quantizers_off(loop.target), watch_keys(attentions, keys, images):
         for batch in loop.calib_loader:
             samples = batch['data_samples']
             for data_sample in samples:

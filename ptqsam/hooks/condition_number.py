@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -83,6 +83,9 @@ class ConditionHook(Hook, ABC):
         ConfigError: a value out of range.
     """
 
+    # All layers behind a changed one see other values, so what locks ranges of the encoder comes after this, too. There
+    # ScaleReparameterization has only common zero points for what was changed; before, its ranges would no longer fit.
+    changed_parts: ClassVar[tuple[str, ...]] = ('encoder', 'decoder')
     # beside the calibration: a calibration of its own, a float and a quantized pass; for the dry run
     passes = 3
 

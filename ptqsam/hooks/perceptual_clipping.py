@@ -6,19 +6,20 @@ the error of the values, moves the focus of attention more than one that cuts th
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 
+from ptqsam.distributed import decided_by_main
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.focus import PERCENTILES, PLACES, AttentionFocus, Projection, Range, search_ranges
 from ptqsam.functional import lp_error
 from ptqsam.modules.sam_decoder_attention import QuantDecoderAttention
-from ptqsam.modules.walk import act_quantizers
+from ptqsam.modules.walk import quantizers_off
 from ptqsam.progress import progress
 from ptqsam.quantizers import Uniform
 from ptqsam.registry import SOLVER_HOOKS
@@ -64,6 +65,8 @@ class PerceptualClipping(Hook):
 
     Source: SAQ-SAM, section on perceptual-consistency clipping.
     """
+
+    locked_parts: ClassVar[tuple[str, ...]] = ('decoder',)
 
     def __init__(
         self, images: int = 1, theta: float = 0.5, passes: int = 2, percentiles: Sequence[float] = PERCENTILES
@@ -113,15 +116,13 @@ class PerceptualClipping(Hook):
         loop: Any = runner.test_loop
         self.check(loop.target, loop.rules.choices)
         targets = find_targets(loop.target)
-        found: list[Any] = [None]
         if is_main_process():
             # what an earlier run left must not look like the result of this one
             for name in FILES:
                 (loop.work_dir / name).unlink(missing_ok=True)
-            # one process decides for all: with other images, others might decide otherwise
-            found = [self.search(loop, targets)]
-        broadcast_object_list(found)
-        clipped: dict[str, Clipped] = found[0]
+        with quantizers_off(loop.target):
+            # with other images, other processes might decide otherwise
+            clipped = decided_by_main(lambda: self.search(loop, targets))
         for path, quantizers in targets.items():
             weight = loop.target.get_submodule(path).q_proj.weight
             for quantizer in quantizers.values():
@@ -136,12 +137,13 @@ class PerceptualClipping(Hook):
     def search(self, loop: Any, targets: Mapping[str, Targets]) -> dict[str, Clipped]:
         """Choose ranges, one attention after the other, so that the inputs of one are in memory at a time.
 
+        Args:
+            loop: the loop, all quantizers `off`.
+            targets: what to clip.
+
         Returns:
             Quantizer path -> what was done.
         """
-        modes = [(quantizer, quantizer.mode) for quantizer in act_quantizers(loop.target)]
-        for quantizer, _ in modes:
-            quantizer.mode = 'off'
         images = embed_images(loop, self.images)
         clipped: dict[str, Clipped] = {}
         for path, quantizers in progress(targets.items(), 'clip q and k', 'attention', len(targets)):
@@ -156,8 +158,6 @@ class PerceptualClipping(Hook):
             )
             rows = self.clip(focus, quantizers)
             clipped |= {quantizers[place].path: row for place, row in rows.items()}
-        for quantizer, mode in modes:
-            quantizer.mode = mode
         return clipped
 
     def clip(self, focus: AttentionFocus, quantizers: Targets) -> dict[str, Clipped]:

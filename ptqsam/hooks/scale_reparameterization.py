@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from mmengine.dist import is_main_process
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ptqsam.errors import ConfigError
 from ptqsam.modules import QuantNorm, QuantOp
 from ptqsam.modules.norm_feeds import NormFeed, norm_feeds
+from ptqsam.modules.walk import quantizers_off
 from ptqsam.observers.channels import ChannelStatistics
 from ptqsam.progress import progress
 from ptqsam.quantizers import Uniform
@@ -108,6 +109,8 @@ class ScaleReparameterization(Hook):
     Source: RepQ-ViT (Li et al., ICCV 2023, arXiv 2212.08254).
     """
 
+    # it also changes weights, but no values except those that it locks itself
+    locked_parts: ClassVar[tuple[str, ...]] = ('encoder',)
     # beside the calibration; for the dry run
     passes = 1
 
@@ -171,7 +174,8 @@ class ScaleReparameterization(Hook):
     def observe(self, loop: Any, pairs: Sequence[Pair]) -> list[ChannelStatistics]:
         """Run all calibration images through the encoder, and observe what reaches the layers."""
         observers = [self.make_observer(pair.quantizer.bits, pair.quantizer.symmetric) for pair in pairs]
-        with watch_inputs({pair.op: observer for pair, observer in zip(pairs, observers, strict=True)}):
+        watched = {pair.op: observer for pair, observer in zip(pairs, observers, strict=True)}
+        with quantizers_off(loop.target), watch_inputs(watched):
             for batch in progress(loop.calib_loader, 'channel ranges', 'image'):
                 for image, _ in loop.model.sam_inputs(batch):
                     loop.model.encode(image)

@@ -34,6 +34,19 @@ def act_quantizers(model: nn.Module) -> list[Quantizer]:
 
 
 @contextmanager
+def quantizers_off(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in float, locked quantizers included; afterwards all have the modes that they had."""
+    modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
+    try:
+        for quantizer, _ in modes:
+            quantizer.mode = 'off'
+        yield
+    finally:
+        for quantizer, mode in modes:
+            quantizer.mode = mode
+
+
+@contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
     """Let operators compute with the weights of the float model where a hook put others in their place."""
     replaced = [(op, op.weight) for op in model.modules() if isinstance(op, QuantOp) and op.original is not None]

@@ -181,17 +181,20 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve_points(curves: Mapping[str, np.ndarray]) -> Iterator[dict[str, float]]:
-    """What to log for curves over the same iterations, shortened to means of some of them.
+    """What to log for curves over iterations, shortened to means of some of them.
 
     Args:
-        curves: name -> values, all of one length.
+        curves: name -> values; parts may have learned for different numbers of iterations.
 
     Yields:
-        Values at a point, and `ITERATION`, the last one that the point stands for.
+        `ITERATION`, ascending, and the values of the curves with a point that stands for iterations up to this one.
     """
-    short = {name: shortened(curve) for name, curve in curves.items()}
-    for index, end in enumerate(point_ends(max(map(len, curves.values()), default=0))):
-        yield {ITERATION: end} | {name: float(values[index]) for name, values in short.items()}
+    points: dict[int, dict[str, float]] = {}
+    for name, curve in curves.items():
+        for end, value in zip(point_ends(len(curve)), shortened(curve), strict=True):
+            points.setdefault(end, {})[name] = float(value)
+    for end in sorted(points):
+        yield {ITERATION: end} | points[end]
 
 
 def read_table(path: Path) -> tuple[list[str], list[list[Any]]]:

@@ -1,6 +1,7 @@
 """Stage `prepare`: swap float modules for quant modules, as the rules say."""
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any
 
 from torch import nn
@@ -87,19 +88,43 @@ def quantize_model(model: nn.Module, rules: RuleBook) -> None:
 
 
 def check_hooks(hooks: Iterable[Any], model: nn.Module, choices: Sequence[Choice]) -> None:
-    """Let solver hooks refuse a model in which they have nothing to do, before any work is done.
+    """Refuse solver hooks that undo each other's work, and let them refuse a model in which they have nothing to do.
 
     Args:
-        hooks: those with a method `check(model, choices)` are asked.
+        hooks: in the order in which they act; those with a method `check(model, choices)` are asked.
         model: SAM with quant modules.
         choices: what the rules decided.
 
     Raises:
-        ConfigError: from a hook.
+        ConfigError: from a hook, or from `check_order`.
     """
+    hooks = list(hooks)
+    check_order(hooks)
     for hook in hooks:
         if callable(check := getattr(hook, 'check', None)):
             check(model, choices)
+
+
+def check_order(hooks: Iterable[Any]) -> None:
+    """Refuse a hook that locks ranges before another one changes the values in them.
+
+    Args:
+        hooks: in the order in which they act. `locked_parts` and `changed_parts` say in which parts ('encoder',
+            'decoder') one locks ranges, and where it changes values of activations by changing weights.
+
+    Raises:
+        ConfigError: there is one, or one that locks ranges is listed twice: the second would find them locked.
+    """
+    for early, late in combinations(hooks, 2):
+        first, second = type(early).__name__, type(late).__name__
+        locked = getattr(early, 'locked_parts', ())
+        if locked and type(early) is type(late):
+            raise ConfigError(f'hooks: {first} is listed twice, but the second finds its ranges locked; leave one out')
+        if lost := [part for part in locked if part in getattr(late, 'changed_parts', ())]:
+            raise ConfigError(
+                f'hooks: {first} locks ranges of the {lost[0]} before {second} changes weights there, so they would no '
+                f'longer fit; list {second} before {first}'
+            )
 
 
 def _join(path: str, name: str) -> str:

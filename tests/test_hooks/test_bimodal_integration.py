@@ -171,6 +171,34 @@ def test_the_float_model_keeps_its_parameters(tmp_path):
     assert shared['k_proj'].weight is weights['k_proj'][0]
 
 
+def test_locked_quantizers_do_not_count(tmp_path):
+    """k is looked at in the float model, whatever other hooks have locked; what was locked stays on."""
+    loop, plain = make_loop(tmp_path), make_loop(tmp_path)
+    quantizers = act_quantizers(loop.target)
+    locked = [quantizer for quantizer in quantizers if quantizer.path.endswith(('qkv.input', f'{PATHS[0]}.k'))]
+    for quantizer in locked:
+        quantizer.lock(torch.tensor(-1e-3), torch.tensor(1e-3))
+    assert len(locked) > 1 and not torch.equal(outputs(loop)[0], outputs(plain)[0])
+    assert run_hook(loop) == run_hook(plain)
+    assert all(quantizer.mode == ('quantize' if quantizer in locked else 'off') for quantizer in quantizers)
+    for ours, theirs in zip(loop.target.parameters(), plain.target.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_another_process_takes_what_the_main_one_found(tmp_path, monkeypatch):
+    first, other = make_loop(tmp_path), make_loop(tmp_path / 'other', counts=(0,))
+    found = []
+    monkeypatch.setattr('ptqsam.distributed.broadcast_object_list', lambda data: found.extend(data))
+    run_hook(first)
+    monkeypatch.setattr('ptqsam.distributed.broadcast_object_list', lambda data: data.__setitem__(slice(None), found))
+    for module in ('distributed', 'hooks.bimodal_integration'):
+        monkeypatch.setattr(f'ptqsam.{module}.is_main_process', lambda: False)
+    BimodalIntegration().before_calibrate(SimpleNamespace(test_loop=other, logger=MMLogger.get_instance('big')))
+    assert not (tmp_path / 'other').exists()
+    for ours, theirs in zip(first.target.parameters(), other.target.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_k_left_out_of_quantization(tmp_path):
     loop = make_loop(tmp_path, recipe=BITS | {'rules': [{'match': 'role:*.k', 'enabled': False}]})
     logits, _, _ = outputs(loop)

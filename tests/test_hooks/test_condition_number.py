@@ -238,6 +238,14 @@ def test_nothing_is_remembered(observer, tmp_path):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+def test_what_is_locked_stays_so(tmp_path):
+    loop = make_loop(tmp_path)
+    quantizer = loop.target.get_submodule(f'{CROSS}.k')
+    quantizer.lock_at(torch.tensor(0.25), torch.tensor(8, dtype=torch.int32))
+    run_hook(loop)
+    assert quantizer.locked and quantizer.mode == 'quantize' and quantizer.scale == 0.25
+
+
 def test_images_without_boxes(tmp_path):
     """They count for the encoder; with no box at all the decoder cannot be calibrated, hook or not."""
     run_hook(make_loop(tmp_path, counts=(0, 2)))

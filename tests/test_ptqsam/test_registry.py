@@ -3,7 +3,7 @@
 import pytest
 
 from ptqsam.errors import ConfigError
-from ptqsam.registry import OBSERVERS, QUANTIZERS, SOLVER_HOOKS, build_part
+from ptqsam.registry import OBSERVERS, PAPER_TERMS, QUANTIZERS, RECON_LOSSES, SOLVER_HOOKS, build_part
 
 
 def refusal(registry, kind, **args):
@@ -20,6 +20,10 @@ def refusal(registry, kind, **args):
         (SOLVER_HOOKS, 'ACNR', "(did you mean 'ConditionNumberReduction'?)"),
         (SOLVER_HOOKS, 'acnr', "(did you mean 'ConditionNumberReduction'?)"),
         (SOLVER_HOOKS, 'BIG', "(did you mean 'BimodalIntegration'?)"),
+        (SOLVER_HOOKS, 'FFC', "(did you mean 'PerceptualClipping'?)"),
+        (SOLVER_HOOKS, 'RepQ-ViT', "(did you mean 'ScaleReparameterization'?)"),
+        (RECON_LOSSES, 'CAMS', "(did you mean 'PromptAware'?)"),
+        (RECON_LOSSES, 'PCC', '(known: '),
         (QUANTIZERS, 'Unifrom', "(did you mean 'Uniform'?)"),
         (QUANTIZERS, 'BIG', '(known: AGQ, '),
     ],
@@ -27,6 +31,13 @@ def refusal(registry, kind, **args):
 def test_unknown_names(registry, kind, hint):
     text = refusal(registry, kind)
     assert text.startswith(f"unknown {registry.name} '{kind}' ") and hint in text
+
+
+def test_every_term_of_a_paper_is_found():
+    for term, name in PAPER_TERMS.items():
+        (registry,) = [registry for registry in (SOLVER_HOOKS, RECON_LOSSES) if registry.get(name)]
+        for spelling in (term, term.lower()):
+            assert f"(did you mean '{name}'?)" in refusal(registry, spelling)
 
 
 def test_misspelt_argument():

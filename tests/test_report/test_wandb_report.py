@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mmengine.registry import HOOKS
 from PIL import Image
 
@@ -21,7 +23,7 @@ from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import WandbReport
 from ptqsam.report.reconstruction import COLUMNS as OUTCOME_COLUMNS
-from ptqsam.report.reconstruction import plot_outcomes, write_outcomes
+from ptqsam.report.reconstruction import plot_outcomes, point_ends, shortened, write_outcomes
 from ptqsam.report.wandb_report import ITERATION, MAX_PICTURES, curve_points, read_table, summary_of
 from tests.tiny import ROOT
 
@@ -199,6 +201,35 @@ def test_reconstruction_is_reported_as_soon_as_it_is_done(runner, wandb):
     assert [row[ITERATION] for row in curves] == list(range(1, 11))
     assert curves[0]['unit_loss/encoder.0'] == 1.0 and curves[-1]['unit_loss/encoder.1'] == 1.5
     assert run.axes['unit_loss/*'] == ITERATION
+
+
+def test_parts_that_learned_for_different_times(runner, wandb):
+    loop = runner.test_loop
+    loop.outcomes = {
+        'encoder.0': Outcome(1.0, 1.0, 0.0, 0.0, torch.arange(3.0)),
+        'decoder.0': Outcome(1.0, 1.0, 0.0, 0.0, torch.arange(2.0)),
+    }
+    write_outcomes(loop.work_dir / 'reconstruction.csv', loop.outcomes)
+    hook = WandbReport()
+    hook.before_prepare(runner)
+    hook.after_reconstruct(runner)
+    hook.after_failure(runner)
+    curves = [row for row in read_run(loop.work_dir).rows if ITERATION in row]
+    for unit, length in {'encoder.0': 3, 'decoder.0': 2}.items():
+        points = {row[ITERATION]: row[name] for row in curves if (name := f'unit_loss/{unit}') in row}
+        assert points == {iteration + 1: iteration for iteration in range(length)}
+
+
+@given(st.dictionaries(st.sampled_from('abc'), st.integers(1, 300)))
+def test_every_curve_keeps_its_own_iterations(lengths):
+    """One ascending axis for all; each curve has its points there and no others, whatever else is logged."""
+    curves = {name: np.arange(length) / length for name, length in lengths.items()}
+    points = list(curve_points(curves))
+    axis = [point[ITERATION] for point in points]
+    assert axis == sorted(set(axis))
+    for name, curve in curves.items():
+        assert [point[ITERATION] for point in points if name in point] == point_ends(len(curve))
+        assert [point[name] for point in points if name in point] == shortened(curve).tolist()
 
 
 def test_reconstruction_without_a_run(runner):
