@@ -30,9 +30,10 @@ from ptqsam.benchmark import BOXES, Setting, prepare_process, resident
 from ptqsam.config import Observers, Part, QuantConfig
 from ptqsam.errors import ConfigError
 from ptqsam.modules.walk import act_quantizers
+from ptqsam.modules.watch import captured
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.optimise import Optimiser, UnitData
-from ptqsam.reconstruction.streams import Arguments, captured
+from ptqsam.reconstruction.streams import Arguments
 from ptqsam.reconstruction.units import Unit, find_segments
 from ptqsam.report.summary import align
 from ptqsam.solver.calibrate import calibrate_weights

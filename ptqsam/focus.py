@@ -30,6 +30,8 @@ Range = tuple[Tensor, Tensor]
 def focus_mask(attention: Tensor, theta: float) -> Tensor:
     """Keys that a query looks at: those with more than ``theta`` times its largest attention.
 
+    The reference; the search takes the mask from logits.
+
     Args:
         attention: probabilities, (..., queries, keys).
         theta: share of the largest, above 0 and at most 1; at 1 nothing is in focus.
@@ -49,6 +51,8 @@ def overlap_distance(common: Tensor, area: Tensor, other_area: Tensor, eps: floa
 def focus_distances(a: Tensor, b: Tensor, theta: float, eps: float = 1e-6) -> Tensor:
     """How far two attention maps look at different things, for each prompt and head.
 
+    The reference; the search takes the masks from logits.
+
     Args:
         a: probabilities, (..., queries, keys).
         b: same shape.
@@ -67,7 +71,7 @@ def focus_distances(a: Tensor, b: Tensor, theta: float, eps: float = 1e-6) -> Te
 
 
 def focus_distance(a: Tensor, b: Tensor, theta: float, eps: float = 1e-6) -> Tensor:
-    """Mean of `focus_distances` over prompts and heads, 0-dim."""
+    """Mean of `focus_distances` over prompts and heads, 0-dim; a reference, too."""
     return focus_distances(a, b, theta, eps).mean()
 
 
@@ -204,7 +208,7 @@ class AttentionFocus:
         moving, fixed = (x.unflatten(-2, (self.heads, -1)) for x in (moving, fixed))
         keys, queries = (moving, fixed) if side == 'k' else (fixed, moving)
         keys_last = keys.shape[-1] >= queries.shape[-1]
-        if (keys if keys_last else queries) is moving:
+        if (side == 'k') == keys_last:
             logits = fixed.mT @ moving
         else:
             # candidates become rows of one product, so that the long side is read once
@@ -232,14 +236,15 @@ class AttentionFocus:
             fixed = self.project('k' if side == 'q' else 'q', image, others)
             source = image[side] if place.endswith('input') else self.project(side, image, others)
             rows = []
-            for some in self.chunks(len(bounds[0]), source, reference):
-                parts = self.moved(place, source, (bounds[0][some], bounds[1][some]), others, fixed, reference)
-                rows.append(torch.cat(list(parts), 1).flatten(1))
+            for part in self.chunks(len(bounds[0]), source, reference):
+                some = bounds[0][part], bounds[1][part]
+                found = list(self.chunk_distances(place, source, some, others, fixed, reference))
+                rows.append(torch.cat(found, 1).flatten(1))
             columns.append(torch.cat(rows))
         # a row is summed in the same way whatever the chunks, so that equal masks are equal candidates
         return torch.cat(columns, 1).mean(1)
 
-    def moved(
+    def chunk_distances(
         self,
         place: str,
         source: Tensor,
@@ -250,16 +255,16 @@ class AttentionFocus:
     ) -> Iterator[Tensor]:
         """Distances of some candidates, (candidates, prompts, heads), prompts in chunks."""
         side, count = place[0], len(bounds[0])
-        shared = self.finish(place, source, bounds, others) if len(source) == 1 else None
+        shared = self.project_candidates(place, source, bounds, others) if len(source) == 1 else None
         for prompts in self.chunks(len(reference), source, reference, count):
-            moving = self.finish(place, source[prompts], bounds, others) if shared is None else shared
+            moving = self.project_candidates(place, source[prompts], bounds, others) if shared is None else shared
             mask = self.masks(moving, fixed[prompts] if len(fixed) > 1 else fixed, side)
             wanted = reference[prompts]
             # sums of ones are exact in float32 up to 2^24, more than the attention of a head has elements
             area, wanted_area = mask.sum((-2, -1)), wanted.sum((-2, -1))
             yield overlap_distance(mask.mul_(wanted).sum((-2, -1)), area, wanted_area)
 
-    def finish(self, place: str, source: Tensor, bounds: Range, others: Mapping[str, Range]) -> Tensor:
+    def project_candidates(self, place: str, source: Tensor, bounds: Range, others: Mapping[str, Range]) -> Tensor:
         """q or k, (candidates, B, D, tokens), from what reaches the place that is searched."""
         moving = self.quantized(source, place, bounds)
         if place.endswith('input'):

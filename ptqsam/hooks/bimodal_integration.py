@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,7 @@ from mmengine.hooks import Hook
 from scipy.signal import find_peaks
 from torch import Tensor, nn
 
+from ptqsam.checks import check_number, check_whole, is_number
 from ptqsam.distributed import decided_by_main
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.fileio import write_json
@@ -28,7 +30,7 @@ from ptqsam.modules.walk import quantizers_off
 from ptqsam.quantizers import Quantizer
 from ptqsam.registry import OBSERVERS, SOLVER_HOOKS, build_part
 from ptqsam.report.densities import plot_densities
-from ptqsam.solver.calibrate import limit_boxes
+from ptqsam.solver.calibrate import batches_with_boxes
 from ptqsam.solver.rules import Choice
 
 if TYPE_CHECKING:
@@ -204,16 +206,14 @@ class BimodalIntegration(Hook):
         min_distance: int = 32,
         percentile: float | None = None,
     ) -> None:
-        _check_whole('images', images, 1)
-        _check_whole('points', points, 8)
-        _check_whole('min_distance', min_distance, 1)
-        if not _is_number(min_height) or not 0 <= min_height <= 1:
-            raise ConfigError(f'BimodalIntegration: min_height is {min_height!r}, but must be a number from 0 to 1')
-        if percentile is not None and (not _is_number(percentile) or not 0.5 < percentile <= 1):
+        self.images = check_whole(self, 'images', images)
+        check_whole(self, 'points', points, 8)
+        check_whole(self, 'min_distance', min_distance)
+        check_number(self, 'min_height', min_height, at_least=0, at_most=1)
+        if percentile is not None and not is_number(percentile, above=0.5, at_most=1):
             raise ConfigError(
                 f'BimodalIntegration: percentile is {percentile!r}, but must be null, or above 0.5 and at most 1'
             )
-        self.images = images
         self.settings: dict[str, Any] = dict(
             points=points, min_height=min_height, min_distance=min_distance, percentile=percentile
         )
@@ -319,20 +319,13 @@ def collect_keys(loop: Any, attentions: dict[str, nn.Module], count: int) -> tup
         ConfigError: no image has a box.
     """
     calibration = loop.recipe.calibration
-    rng = np.random.default_rng(calibration.seed)
+    batches = batches_with_boxes(loop.calib_loader, calibration.max_boxes, calibration.seed)
     keys = {path: Keys() for path in attentions}
     images: list[str] = []
     with quantizers_off(loop.target), watch_keys(attentions, keys, images):
-        for batch in loop.calib_loader:
-            samples = batch['data_samples']
-            for data_sample in samples:
-                limit_boxes(data_sample, calibration.max_boxes, rng)
-            if not any(len(data_sample.proposals) for data_sample in samples):
-                continue
-            images.append(Path(samples[0].img_path).name)
+        for batch in islice(batches, count):
+            images.append(Path(batch['data_samples'][0].img_path).name)
             loop.model.test_step(batch)
-            if len(images) == count:
-                break
     if not all(seen.first for seen in keys.values()):
         raise ConfigError(
             'BimodalIntegration: no calibration image has a prompt box; choose others, or check the boxes'
@@ -382,14 +375,3 @@ def _describe(decision: dict[str, Any]) -> str:
     if not decision['bimodal']:
         return f'{peaks}, left as it is'
     return f'{peaks}, {decision["flipped"]} of {decision["channels"]} channels flipped'
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a setting is a number; YAML's true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse a setting that is not a whole number from ``least`` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f'BimodalIntegration: {name} is {value!r}, but must be a whole number from {least} on')

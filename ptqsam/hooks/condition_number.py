@@ -18,6 +18,7 @@ from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 
+from ptqsam.checks import check_number, check_whole
 from ptqsam.condition_number import Spectrum, condition_number, lift_tail, project_spectrum
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.evaluation.quantization_error import error_from_sums, error_sums
@@ -87,18 +88,10 @@ class ConditionHook(Hook, ABC):
     # ScaleReparameterization has only common zero points for what was changed; before, its ranges would no longer fit.
     changed_parts: ClassVar[tuple[str, ...]] = ('encoder', 'decoder')
     # beside the calibration: a calibration of its own, a float and a quantized pass; for the dry run
-    passes = 3
+    calibration_passes = 3
 
     def __init__(self, threshold: float) -> None:
-        self.threshold = self._number('threshold', threshold, 1, None)
-
-    def _number(self, name: str, value: Any, low: float, high: float | None) -> float:
-        """Refuse a setting that is no number above ``low`` (and up to ``high``)."""
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low < value < (np.inf if high is None else np.nextafter(high, np.inf)):
-            limit = '' if high is None else f' and at most {high:g}'
-            raise ConfigError(f'{type(self).__name__}: {name} is {value!r}, but must be a number above {low:g}{limit}')
-        return float(value)
+        self.threshold = check_number(self, 'threshold', threshold, above=1)
 
     def check(self, model: nn.Module, choices: Sequence[Choice]) -> None:
         """Refuse a model without a linear layer with a quantized input.
@@ -213,11 +206,9 @@ class ConditionNumberReduction(ConditionHook):
         threshold: float = 100.0,
     ) -> None:
         super().__init__(threshold)
-        if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
-            raise ConfigError(f'{type(self).__name__}: iters is {iters!r}, but must be a whole number from 1 on')
-        self.iters = iters
-        self.lam, self.beta = self._number('lam', lam, 0, None), self._number('beta', beta, 0, None)
-        self.energy = self._number('energy', energy, 0, 1)
+        self.iters = check_whole(self, 'iters', iters)
+        self.lam, self.beta = check_number(self, 'lam', lam), check_number(self, 'beta', beta)
+        self.energy = check_number(self, 'energy', energy, at_most=1)
 
     def new_sigma(self, spectrum: Spectrum, gram: Tensor, loop: Any) -> Tensor:
         """Head kept, tail lifted."""
@@ -250,8 +241,8 @@ class CondiQuant(ConditionHook):
 
     def __init__(self, target: float = 30.0, beta: float = 0.001, threshold: float = 100.0) -> None:
         super().__init__(threshold)
-        self.target = self._number('target', target, 1, self.threshold)
-        self.beta = self._number('beta', beta, 0, None)
+        self.target = check_number(self, 'target', target, above=1, at_most=self.threshold)
+        self.beta = check_number(self, 'beta', beta)
 
     def new_sigma(self, spectrum: Spectrum, gram: Tensor, loop: Any) -> Tensor:
         """Projected onto the target."""

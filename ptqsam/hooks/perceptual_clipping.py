@@ -14,29 +14,29 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 
+from ptqsam.checks import check_number, check_whole, is_number
 from ptqsam.distributed import decided_by_main
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.focus import PERCENTILES, PLACES, AttentionFocus, Projection, Range, search_ranges
 from ptqsam.functional import lp_error
 from ptqsam.modules.sam_decoder_attention import QuantDecoderAttention
 from ptqsam.modules.walk import quantizers_off
+from ptqsam.modules.watch import captured
 from ptqsam.progress import progress
 from ptqsam.quantizers import Uniform
 from ptqsam.registry import SOLVER_HOOKS
 from ptqsam.report.clipping import Clipped, plot_clipping, summarise_clipping, write_clipping
-from ptqsam.solver.calibrate import limit_boxes
+from ptqsam.solver.calibrate import batches_with_boxes
 from ptqsam.solver.rules import Choice
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
 
 FILES = ('clipping.csv', 'clipping.png')
+# images that are named in the log
+SHOWN = 4
 # of one attention: place -> quantizer
 Targets = dict[str, Uniform]
-
-
-class _Captured(Exception):
-    """The forward pass has come to the attention whose inputs were wanted."""
 
 
 @SOLVER_HOOKS.register_module()
@@ -71,21 +71,14 @@ class PerceptualClipping(Hook):
     def __init__(
         self, images: int = 1, theta: float = 0.5, passes: int = 2, percentiles: Sequence[float] = PERCENTILES
     ) -> None:
-        for name, value in dict(images=images, passes=passes).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f'PerceptualClipping: {name} is {value!r}, but must be a whole number from 1 on')
-        if not _is_number(theta) or not 0 < theta <= 1:
-            raise ConfigError(f'PerceptualClipping: theta is {theta!r}, but must be a number above 0 and at most 1')
+        self.images, self.passes = check_whole(self, 'images', images), check_whole(self, 'passes', passes)
+        self.theta = check_number(self, 'theta', theta, at_most=1)
         several = isinstance(percentiles, Sequence) and not isinstance(percentiles, str) and len(percentiles) > 0
-        if not several or not all(_is_number(p) and 0.5 < p <= 1 for p in percentiles):
+        if not several or not all(is_number(p, above=0.5, at_most=1) for p in percentiles):
             raise ConfigError(
                 f'PerceptualClipping: percentiles is {percentiles!r}, but must be a list of numbers above 0.5 and at '
                 'most 1'
             )
-        self.images = images
-        self.theta = float(theta)
-        # not `passes`: that name means passes over all calibration images, for the dry run
-        self.rounds = passes
         # smallest first, so that of equals the narrowest range wins; nothing clipped last
         self.percentiles = sorted({*percentiles, 1.0})
 
@@ -122,7 +115,7 @@ class PerceptualClipping(Hook):
                 (loop.work_dir / name).unlink(missing_ok=True)
         with quantizers_off(loop.target):
             # with other images, other processes might decide otherwise
-            clipped = decided_by_main(lambda: self.search(loop, targets))
+            names, clipped = decided_by_main(lambda: self.search(loop, targets))
         for path, quantizers in targets.items():
             weight = loop.target.get_submodule(path).q_proj.weight
             for quantizer in quantizers.values():
@@ -132,9 +125,17 @@ class PerceptualClipping(Hook):
             write_clipping(loop.work_dir / FILES[0], clipped)
             plot_clipping(loop.work_dir / FILES[1], clipped)
             places = len(PLACES) * sum(isinstance(m, QuantDecoderAttention) for m in loop.target.modules())
-            runner.logger.info(f'PerceptualClipping: {summarise_clipping(clipped, places)}')
+            runner.logger.info(
+                f'PerceptualClipping: {self.describe_images(names)}; {summarise_clipping(clipped, places)}'
+            )
 
-    def search(self, loop: Any, targets: Mapping[str, Targets]) -> dict[str, Clipped]:
+    def describe_images(self, names: Sequence[str]) -> str:
+        """Which images were searched on, and whether there were too few of them."""
+        fewer = ', as many as have boxes' if len(names) < self.images else ''
+        shown = ', '.join(names[:SHOWN]) + (', ...' if len(names) > SHOWN else '')
+        return f'searched on {len(names)} image{"s" * (len(names) > 1)}{fewer} ({shown})'
+
+    def search(self, loop: Any, targets: Mapping[str, Targets]) -> tuple[list[str], dict[str, Clipped]]:
         """Choose ranges, one attention after the other, so that the inputs of one are in memory at a time.
 
         Args:
@@ -142,7 +143,7 @@ class PerceptualClipping(Hook):
             targets: what to clip.
 
         Returns:
-            Quantizer path -> what was done.
+            Names of the images; and quantizer path -> what was done.
         """
         images = embed_images(loop, self.images)
         clipped: dict[str, Clipped] = {}
@@ -158,12 +159,12 @@ class PerceptualClipping(Hook):
             )
             rows = self.clip(focus, quantizers)
             clipped |= {quantizers[place].path: row for place, row in rows.items()}
-        return clipped
+        return [name for name, *_ in images], clipped
 
     def clip(self, focus: AttentionFocus, quantizers: Targets) -> dict[str, Clipped]:
         """Search one attention: place -> what was done."""
         before = {place: observed_range(focus, place, quantizers[place]) for place in focus.grids}
-        found = min(search_ranges(focus, self.percentiles, self.rounds), key=lambda state: state.distance)
+        found = min(search_ranges(focus, self.percentiles, self.passes), key=lambda state: state.distance)
         distance = focus.distance(before)
         kept = found.distance >= distance
         after = before if kept else found.ranges
@@ -212,15 +213,10 @@ def embed_images(loop: Any, count: int) -> list[tuple[str, Tensor, Tensor]]:
         ConfigError: no image has a box.
     """
     calibration = loop.recipe.calibration
-    rng = np.random.default_rng(calibration.seed)
+    batches = batches_with_boxes(loop.calib_loader, calibration.max_boxes, calibration.seed)
     images: list[tuple[str, Tensor, Tensor]] = []
-    for batch in loop.calib_loader:
-        samples = batch['data_samples']
-        for data_sample in samples:
-            limit_boxes(data_sample, calibration.max_boxes, rng)
-        if not any(len(data_sample.proposals) for data_sample in samples):
-            continue
-        for sample, (image, boxes) in zip(samples, loop.model.sam_inputs(batch), strict=True):
+    for batch in batches:
+        for sample, (image, boxes) in zip(batch['data_samples'], loop.model.sam_inputs(batch), strict=True):
             if len(boxes) and len(images) < count:
                 images.append((Path(sample.img_path).name, loop.model.encode(image), boxes))
         if len(images) == count:
@@ -238,20 +234,11 @@ def capture(loop: Any, path: str, name: str, embedding: Tensor, boxes: Tensor) -
     Raises:
         GateError: NaN or infinity.
     """
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        named = dict(zip('qk', args, strict=False)) | kwargs
-        seen.extend(named[side] for side in 'qk')
-        raise _Captured
-
-    handle = loop.target.get_submodule(path).register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with captured(loop.target.get_submodule(path), stop=True) as calls:
         loop.model.decode_logits(embedding, boxes)
-    except _Captured:
-        pass
-    finally:
-        handle.remove()
+    args, kwargs = calls[0]
+    named = dict(zip('qk', args, strict=False)) | kwargs
+    seen = [named[side] for side in 'qk']
     if not all(bool(torch.isfinite(x).all()) for x in seen):
         raise GateError(f'{path}: NaN or infinity in q or k on image {name}; check the checkpoint and the image')
     # the first layer sees one image for all prompts
@@ -309,8 +296,3 @@ def describe(
         mse_before=error(before),
         mse_after=error(after),
     )
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a setting is a number; YAML's true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

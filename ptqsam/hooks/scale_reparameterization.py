@@ -112,7 +112,7 @@ class ScaleReparameterization(Hook):
     # it also changes weights, but no values except those that it locks itself
     locked_parts: ClassVar[tuple[str, ...]] = ('encoder',)
     # beside the calibration; for the dry run
-    passes = 1
+    calibration_passes = 1
 
     def __init__(self, observer: dict[str, Any] | None = None) -> None:
         self.observer = OBSERVER if observer is None else observer

@@ -20,6 +20,7 @@ from ptqsam.errors import ConfigError
 from ptqsam.evaluation.quantization_error import QuantizationError, error_from_sums, error_sums
 from ptqsam.fileio import atomic_path
 from ptqsam.modules.walk import act_quantizers, original_weights, quantizers, weight_quantizers
+from ptqsam.modules.watch import captured, returned
 from ptqsam.progress import progress_bar
 from ptqsam.quantizers import Quantizer
 from ptqsam.reconstruction.cache import ActivationCache
@@ -27,7 +28,7 @@ from ptqsam.reconstruction.losses import follows_prompts
 from ptqsam.reconstruction.optimise import Optimiser, Outcome, UnitData, reset_drop_prob
 from ptqsam.reconstruction.prompts import PromptPath
 from ptqsam.reconstruction.sampling import Draw
-from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
+from ptqsam.reconstruction.streams import Arguments, Stream
 from ptqsam.reconstruction.units import Segment, Unit, find_parts
 
 

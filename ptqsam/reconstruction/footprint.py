@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from ptqsam.config import PartName, Reconstruction
 from ptqsam.estimate import Work, measure_work
+from ptqsam.modules.watch import captured, returned
 from ptqsam.reconstruction.cache import entry_bytes
 from ptqsam.reconstruction.losses import follows_prompts
 from ptqsam.reconstruction.prompts import PromptPath, two_way_transformer
 from ptqsam.reconstruction.sampling import Draw, batch_share, draw_positions
-from ptqsam.reconstruction.streams import Arguments, Stream, captured, returned
+from ptqsam.reconstruction.streams import Arguments, Stream
 from ptqsam.reconstruction.units import Segment, Unit, find_parts
 
 # What an iteration adds to the forward and backward pass of the float unit: no matrix products, but as many bytes again

@@ -1,14 +1,13 @@
 """How far the outputs of a quantized unit are from those of the float unit."""
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptqsam.checks import check_number
 from ptqsam.config import Reconstruction
-from ptqsam.errors import ConfigError
 from ptqsam.modules.unit_kinds import QUERIES
 from ptqsam.registry import RECON_LOSSES, build_part
 
@@ -76,13 +75,10 @@ class PromptAware(SquaredError):
     prompt_aware = True
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.0, queries_weight: float = 0.01, stage: float = 1.0) -> None:
-        weights = dict(alpha=alpha, beta=beta, queries_weight=queries_weight, stage=stage)
-        for name, value in weights.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not isfinite(value) or value < 0 or (name == 'alpha' and value == 0):
-                least = 'above 0' if name == 'alpha' else 'from 0 on'
-                raise ConfigError(f'PromptAware: {name} is {value!r}, but must be a number {least}')
-        self.alpha, self.beta, self.queries_weight, self.stage = alpha, beta, queries_weight, stage
+        self.alpha = check_number(self, 'alpha', alpha)
+        self.beta = check_number(self, 'beta', beta, at_least=0)
+        self.queries_weight = check_number(self, 'queries_weight', queries_weight, at_least=0)
+        self.stage = check_number(self, 'stage', stage, at_least=0)
 
     def __call__(
         self,

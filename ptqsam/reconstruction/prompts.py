@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ptqsam.modules.base import qualified_name
 from ptqsam.modules.unit_kinds import QUERIES, TWO_WAY_TRANSFORMER, unit_kind
 from ptqsam.modules.walk import original_weights
+from ptqsam.modules.watch import result_of
 from ptqsam.reconstruction.sampling import Draw
-from ptqsam.reconstruction.streams import Stream, result_of
+from ptqsam.reconstruction.streams import Stream
 from ptqsam.reconstruction.units import Unit
 
 

@@ -7,7 +7,7 @@ replaced by their outputs, so the whole reconstruction costs a few forward passe
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ptqsam.errors import ConfigError
+from ptqsam.modules.watch import captured
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.units import Segment, Unit
 
 NewCache = Callable[[], ActivationCache]
 _TENSOR = object()
-
-
-class _Reached(Exception):
-    """A forward pass has come to the module whose input was wanted."""
 
 
 @dataclass
@@ -113,8 +110,7 @@ class Stream:
             Arguments of the unit.
         """
         with captured(unit.first, stop=True) as calls:
-            with suppress(_Reached):
-                self.run(index)
+            self.run(index)
         return Arguments.of(calls[0])
 
     @torch.no_grad()
@@ -148,8 +144,7 @@ class Stream:
         """Arguments of the segment after those whose outputs are known."""
         following = self.segments[0 if output is None else self.position + 1]
         with torch.no_grad(), self.known(index, output), captured(following.first, stop=True) as calls:
-            with suppress(_Reached):
-                self.forwards[index]()
+            self.forwards[index]()
         arguments = Arguments.of(calls[0])
         for tensor in arguments.tensors:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -199,75 +194,3 @@ def _known(output: Any, *args: Any, **kwargs: Any) -> Any:
 def _placeholder(value: Any) -> Any:
     """A tensor of the same shape that takes no memory."""
     return torch.full((), torch.nan, device=value.device).expand(value.shape) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def captured(module: nn.Module, stop: bool = False) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
-    """Note the arguments with which a module is called.
-
-    Args:
-        module: watched.
-        stop: end the forward pass there, with `_Reached`.
-
-    Yields:
-        List of (args, kwargs), filled as calls happen.
-
-    Raises:
-        ConfigError: the module was not called.
-    """
-    calls: list[tuple[tuple, dict[str, Any]]] = []
-
-    def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        # what comes after may change a tensor in place
-        calls.append((args, kwargs) if stop else tree_map(_copy, (args, kwargs)))
-        if stop:
-            raise _Reached
-
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-    if not calls:
-        raise ConfigError('reconstruction: a unit was not executed; does the model take another path for some images?')
-
-
-@contextmanager
-def returned(module: nn.Module) -> Iterator[list[Any]]:
-    """Note what a module returns.
-
-    Yields:
-        List of outputs, filled as calls happen.
-    """
-    outputs: list[Any] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(tree_map(_copy, output)))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-def result_of(module: nn.Module, forward: Callable[[], Any]) -> Any:
-    """Run a forward as far as a module, and return what that returns, with its graph.
-
-    Args:
-        module: where it ends.
-        forward: calls the module.
-    """
-    results: list[Any] = []
-
-    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        results.append(output)
-        raise _Reached
-
-    handle = module.register_forward_hook(stop)
-    try:
-        with suppress(_Reached):
-            forward()
-    finally:
-        handle.remove()
-    return results[0]
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

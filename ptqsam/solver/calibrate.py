@@ -1,6 +1,6 @@
 """Stage `calibrate`: draw images, let the observers see them, turn statistics into quantization parameters."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,21 @@ def limit_boxes(data_sample: Any, max_boxes: int, rng: np.random.Generator) -> N
     if count > max_boxes:
         keep = np.sort(rng.permutation(count)[:max_boxes])
         data_sample.proposals = data_sample.proposals[torch.from_numpy(keep)]
+
+
+def batches_with_boxes(batches: Iterable[Any], max_boxes: int, seed: int) -> Iterator[Any]:
+    """Data batches with prompt boxes, limited to those that `calibrate_activations` takes.
+
+    Args:
+        batches: see there; those without a box are skipped.
+        max_boxes, seed: see there.
+    """
+    rng = np.random.default_rng(seed)
+    for batch in batches:
+        for data_sample in batch['data_samples']:
+            limit_boxes(data_sample, max_boxes, rng)
+        if any(len(data_sample.proposals) for data_sample in batch['data_samples']):
+            yield batch
 
 
 @torch.no_grad()

@@ -246,13 +246,14 @@ def estimate_lines(
         decoder: work for one chunk of boxes.
         weights: bytes of SAM.
         plan: of the reconstruction, if there is one.
-        hooks: solver hooks; one that runs the calibration images itself says how often in its attribute `passes`.
+        hooks: solver hooks; one that runs the calibration images itself says how often in its attribute
+            `calibration_passes`.
     """
     device = torch.device(get_device())
     memory = memory_in_use(device) + weights + OVERHEAD * max(encoder.peak, decoder.peak)
     machine, chunk = measure_machine(device), model.options.chunk_size
     rows: list[tuple[str, ...]] = [('stage', 'images', 'boxes', 'time', 'memory')]
-    before = {type(hook).__name__: passes for hook in hooks if (passes := getattr(hook, 'passes', 0))}
+    before = {type(hook).__name__: passes for hook in hooks if (passes := getattr(hook, 'calibration_passes', 0))}
     repeats = {**before, **dict.fromkeys(stages, 1)}
     for stage, times in repeats.items():
         images, most = stages['calibrate' if stage in before else stage]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -290,11 +291,23 @@ def test_bad_settings(settings, message):
 
 
 def test_settings():
-    """Candidates ascend, nothing clipped comes last; the dry run must not take `passes` for passes over all images."""
+    """Candidates ascend, nothing clipped comes last."""
     hook = build_part(SOLVER_HOOKS, 'PerceptualClipping', percentiles=[0.99, 0.9, 1], passes=3)
-    assert hook.percentiles == [0.9, 0.99, 1.0] and not hasattr(hook, 'passes')
+    assert hook.percentiles == [0.9, 0.99, 1.0] and hook.passes == 3
     assert PerceptualClipping().percentiles == [*PERCENTILES, 1.0]
     assert set(FILES) <= set(PREPARATION_FILES)
+
+
+@pytest.mark.parametrize(
+    ('wanted', 'count', 'text'),
+    [
+        (1, 1, 'searched on 1 image (0.png)'),
+        (4, 4, 'searched on 4 images (0.png, 1.png, 2.png, 3.png)'),
+        (6, 5, 'searched on 5 images, as many as have boxes (0.png, 1.png, 2.png, 3.png, ...)'),
+    ],
+)
+def test_images_in_words(wanted, count, text):
+    assert PerceptualClipping(images=wanted).describe_images([f'{i}.png' for i in range(count)]) == text
 
 
 def packed(folder):
@@ -317,7 +330,7 @@ def test_command_line(tiny, scenes, tmp_path, capsys):
     assert tables[0] == tables[1] and metrics[0] == metrics[1]
     assert (tmp_path / 'one/clipping.png').is_file()
     logs = [log.read_text() for log in (tmp_path / 'one').rglob('*.log')]
-    assert sum(log.count('PerceptualClipping: 28 of 28') for log in logs) == 1
+    assert len(re.findall(r'PerceptualClipping: searched on 1 image \(.+\); 28 of 28', ''.join(logs))) == 1
     check_packed(tmp_path / 'one', tables[0])
 
 

@@ -202,7 +202,7 @@ def test_parts_are_described(tiny, tmp_path, capsys):
     ]
     assert dry_run(tiny, tmp_path, capsys, 'unit: block, encoder: {enabled: false}') == [
         'reconstruct 3 units, 21 iterations in total; preset fast',
-        'encoder: not reconstructed; weights rounded to nearest, scales as calibrated',
+        'encoder: not reconstructed; weights rounded to nearest, scales as calibrated, if quantized',
         'decoder: 3 units (unit=block), 7 iterations each, loss=SquaredError',
     ]
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from ptqsam.modules import PassThrough, QuantConv2d
 from ptqsam.modules.walk import quantizers
+from ptqsam.modules.watch import captured, returned
 from ptqsam.quantizers import Uniform
 from ptqsam.reconstruction.sampling import draw_positions
-from ptqsam.reconstruction.streams import Arguments, captured, returned
+from ptqsam.reconstruction.streams import Arguments
 from ptqsam.reconstruction.units import Unit, find_segments
 from tests.test_reconstruction.helpers import calibrated_model, make_engine, make_recipe
 

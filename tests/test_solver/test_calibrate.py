@@ -9,7 +9,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
 from ptqsam.errors import ConfigError
-from ptqsam.solver.calibrate import draw_images, limit_boxes
+from ptqsam.solver.calibrate import batches_with_boxes, draw_images, limit_boxes
 
 NAMES = [f'{i:03d}.jpg' for i in range(100)]
 
@@ -43,3 +43,21 @@ def test_boxes_are_capped_in_their_order():
     assert len(scores) == 16 and torch.equal(scores, scores.sort().values)
     limit_boxes(sample, 20, np.random.default_rng(0))
     assert len(sample.proposals) == 16
+
+
+@given(st.lists(st.integers(0, 30), max_size=8), st.integers(0, 9), st.integers(1, 9))
+def test_batches_with_boxes_are_those_of_calibration(counts, seed, most):
+    """Same boxes as where every image is limited in turn, but without the images that have none."""
+
+    def make_batches():
+        proposals = (InstanceData(scores=torch.arange(count)) for count in counts)
+        return [{'data_samples': [DetDataSample(proposals=each)]} for each in proposals]
+
+    def scores(batch):
+        return batch['data_samples'][0].proposals.scores.tolist()
+
+    rng, expected = np.random.default_rng(seed), make_batches()
+    for batch in expected:
+        limit_boxes(batch['data_samples'][0], most, rng)
+    found = [scores(batch) for batch in batches_with_boxes(make_batches(), most, seed)]
+    assert found == [scores(batch) for batch in expected if scores(batch)]
