@@ -18,10 +18,12 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from ptqsam.cli import load_model_config
+from ptqsam.cli import load_model_config, parse_args
 from ptqsam.config import load_quant_config
 from ptqsam.modules.walk import quantizers
+from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.reconstruct import check_reconstruction
 from ptqsam.solver.rules import RuleBook
 from tests.tiny import ROOT
 
@@ -224,6 +226,24 @@ def test_own_sam_and_own_recipe_build(readme: str, tmp_path: Path) -> None:
         assert decided, f'rule {position} has no effect'
         assert all(choice.point.path not in built for choice in decided if rule.enabled is False)
         assert all(built[choice.point.path] == rule.bits for choice in decided if rule.bits is not None)
+
+
+def test_options_for_switches_of_others_are_taken(readme: str) -> None:
+    """Right column of the table: every option, on the recipe that its row names or else on SAQ-SAM's."""
+    section = readme.split("## From SAQ-SAM's command line")[1].split('\n## ')[0]
+    lines = 0
+    for row in re.findall(r'^\| `.*', section, re.MULTILINE):
+        spans = re.findall('`([^`]+)`', row.split(' | ')[1])
+        path = next((span for span in spans if span.startswith('exp/')), 'exp/saq_sam/w4a4.yaml')
+        assert (ROOT / path).is_file()
+        for words in (span.split() for span in spans if '=' in span):
+            options = parse_args(['model.py', path, '--quant-options', *words]).quant_options
+            recipe = load_quant_config(ROOT / path, options)
+            check_reconstruction(recipe)
+            for hook in recipe.hooks:
+                build_part(SOLVER_HOOKS, hook.type, **hook.kwargs())
+            lines += 1
+    assert lines > 15
 
 
 SAMPLE = r"""

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from pydantic import BaseModel, ValidationError
 from ptqsam.config.recipe import QuantConfig
 from ptqsam.errors import ConfigError
 from ptqsam.yaml_files import check_yaml_chain
+
+LISTS = ('hooks', 'rules')
+LIST_ADVICE = '; write lists in a recipe; an option changes a value of one that is there, as hooks.0.theta=0.5'
 
 
 def load_quant_config(path: str | Path, overrides: dict[str, Any] | None = None) -> QuantConfig:
@@ -38,18 +42,20 @@ def load_quant_config(path: str | Path, overrides: dict[str, Any] | None = None)
     if overrides:
         try:
             config.merge_from_dict(overrides)
-        except (TypeError, KeyError, IndexError) as error:
-            raise ConfigError(f'--quant-options: cannot apply {overrides} to {path} ({error})') from None
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
+            advice = LIST_ADVICE if any(_in_list(option) for option in overrides) else ''
+            raise ConfigError(f'--quant-options: cannot apply {overrides} to {path} ({error}){advice}') from None
         where += ' with --quant-options'
-    return parse_quant_config(config.to_dict(), where)
+    return parse_quant_config(config.to_dict(), where, overrides or ())
 
 
-def parse_quant_config(raw: dict[str, Any], where: str) -> QuantConfig:
+def parse_quant_config(raw: dict[str, Any], where: str, options: Collection[str] = ()) -> QuantConfig:
     """Check a recipe given as plain dicts.
 
     Args:
         raw: content of the YAML.
         where: named in error messages.
+        options: dotted keys that the command line gave.
 
     Returns:
         The checked recipe.
@@ -60,10 +66,15 @@ def parse_quant_config(raw: dict[str, Any], where: str) -> QuantConfig:
     try:
         return QuantConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f'{where}: {_explain(error)}') from None
+        raise ConfigError(f'{where}: {_explain(error, options)}') from None
 
 
-def _explain(error: ValidationError) -> str:
+def _in_list(option: str) -> bool:
+    """Whether a dotted key lies in a list of the recipe."""
+    return option.split('.')[0] in LISTS
+
+
+def _explain(error: ValidationError, options: Collection[str]) -> str:
     """First problem of a ValidationError in one line; unknown keys first, they often cause the others."""
     problems = sorted(error.errors(), key=lambda p: p['type'] != 'extra_forbidden')
     problem = problems[0]
@@ -77,11 +88,17 @@ def _explain(error: ValidationError) -> str:
         return f"key '{key}' is missing"
     if problem['type'] == 'too_short':
         return f"key '{key}' is empty; name at least one glob"
-    # what a class of ours is called says nothing to the author of a recipe
+    # what a class of ours is called says nothing to the author of a recipe, and YAML has lists only
     message = re.sub(r' or instance of \w+$', '', problem['msg'].removeprefix('Value error, '))
+    message = message.replace('valid tuple', 'valid list')
     if not key:  # said by the recipe as a whole
         return message
-    return f"key '{key}': {message[0].lower() + message[1:]}, got {problem['input']!r}"
+    # a whole section or list says nothing that the key does not
+    got = '' if isinstance(problem['input'], dict | list) else f', got {problem["input"]!r}'
+    # a list or an item of one that is none, as the command line makes them
+    broken = problem['type'].endswith('_type') and len(problem['loc']) <= 2 and any(map(_in_list, options))
+    advice = LIST_ADVICE if broken and _in_list(key) else ''
+    return f"key '{key}': {message[0].lower() + message[1:]}{got}{advice}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -92,6 +92,15 @@ class Observers(Schema):
     weight: Part = Part(type='MinMax')
     act: Part = Part(type='AvgMinMax')
 
+    @field_validator('weight', 'act')
+    @classmethod
+    def settings_stand_where_they_belong(cls, value: Part) -> Part:
+        """Refuse settings that the quantizer decides."""
+        for key in ('bits', 'symmetric', 'ch_axis'):
+            if key in value.kwargs():
+                raise ValueError(f"'{key}' of {value.type} is that of the quantizer; leave it out")
+        return value
+
 
 class Calibration(Schema):
     """What the observers see.

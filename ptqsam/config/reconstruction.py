@@ -123,7 +123,7 @@ class Reconstruction(Schema):
     def something_is_left(self) -> Self:
         """Refuse a reconstruction of nothing."""
         if not self.parts:
-            raise ValueError('both parts are disabled; leave out the section reconstruction, or enable one')
+            raise ValueError('both parts are disabled; leave out the section (reconstruction=None), or enable one')
         return self
 
     @property

@@ -120,7 +120,7 @@ class PerceptualClipping(Hook):
             weight = loop.target.get_submodule(path).q_proj.weight
             for quantizer in quantizers.values():
                 row = clipped[quantizer.path]
-                quantizer.lock(weight.new_tensor(row.after_lo), weight.new_tensor(row.after_hi))
+                quantizer.lock(weight.new_tensor(row.lo), weight.new_tensor(row.hi))
         if is_main_process():
             write_clipping(loop.work_dir / FILES[0], clipped)
             plot_clipping(loop.work_dir / FILES[1], clipped)
@@ -271,7 +271,7 @@ def describe(
         before: range of its observer.
         after: chosen range.
         percentile: of the chosen range, None for the observer's.
-        attention: overlap with all quantizers on, before and after.
+        attention: overlap with all quantizers on, in their observers' ranges and in the chosen ones.
     """
     values = focus.values(place, {})
     extremes = torch.stack([torch.stack(torch.aminmax(x)) for x in values])
@@ -284,15 +284,15 @@ def describe(
     return Clipped(
         observed_min=float(extremes[:, 0].min()),
         observed_max=float(extremes[:, 1].max()),
-        before_lo=float(before[0]),
-        before_hi=float(before[1]),
-        after_lo=float(after[0]),
-        after_hi=float(after[1]),
+        observer_lo=float(before[0]),
+        observer_hi=float(before[1]),
+        lo=float(after[0]),
+        hi=float(after[1]),
         percentile=percentile,
-        overlap_before=1 - focus.distance({place: before}),
-        overlap_after=1 - focus.distance({place: after}),
-        attention_before=attention[0],
-        attention_after=attention[1],
-        mse_before=error(before),
-        mse_after=error(after),
+        overlap_observer=1 - focus.distance({place: before}),
+        overlap=1 - focus.distance({place: after}),
+        attention_overlap_observer=attention[0],
+        attention_overlap=attention[1],
+        mse_observer=error(before),
+        mse=error(after),
     )

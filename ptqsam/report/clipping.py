@@ -20,37 +20,37 @@ STEP, MARGIN = 0.3, 2.5
 
 @dataclass
 class Clipped:
-    """A quantizer of q or k before and after; "before" is the range that its own observer chooses on the same tensors.
+    """A quantizer of q or k: the range that it got, and the one that its own observer chooses on the same tensors.
 
     Attributes:
         observed_min: smallest value in the float model.
         observed_max: largest.
-        before_lo: range before.
-        before_hi: likewise.
-        after_lo: range after.
-        after_hi: likewise.
-        percentile: that the range after comes from; None: the observer's range was kept.
-        overlap_before: focus overlap with the float attention, this quantizer alone being on.
-        overlap_after: likewise.
-        attention_before: focus overlap with all quantizers of the attention on that are clipped.
-        attention_after: likewise.
-        mse_before: mean squared error of the float model's values.
-        mse_after: likewise.
+        observer_lo: range of the observer, which never was in the model.
+        observer_hi: likewise.
+        lo: range that the quantizer got.
+        hi: likewise.
+        percentile: that the latter comes from; None: it is that of the observer.
+        overlap_observer: focus overlap with the float attention, this quantizer alone being on, in the observer's.
+        overlap: likewise, in the one that it got.
+        attention_overlap_observer: focus overlap with all quantizers of the attention on that are clipped.
+        attention_overlap: likewise.
+        mse_observer: mean squared error of the float model's values.
+        mse: likewise.
     """
 
     observed_min: float
     observed_max: float
-    before_lo: float
-    before_hi: float
-    after_lo: float
-    after_hi: float
+    observer_lo: float
+    observer_hi: float
+    lo: float
+    hi: float
     percentile: float | None
-    overlap_before: float
-    overlap_after: float
-    attention_before: float
-    attention_after: float
-    mse_before: float
-    mse_after: float
+    overlap_observer: float
+    overlap: float
+    attention_overlap_observer: float
+    attention_overlap: float
+    mse_observer: float
+    mse: float
 
 
 def write_clipping(path: Path, clipped: Mapping[str, Clipped]) -> None:
@@ -77,20 +77,20 @@ def summarise_clipping(clipped: Mapping[str, Clipped], places: int) -> str:
         places: inputs and outputs of q and k projections that there are.
     """
     rows = list(clipped.values())
-    means = [np.mean([getattr(row, f'attention_{when}') for row in rows]) for when in ('before', 'after')]
+    observer, chosen = (np.mean([getattr(row, f'attention_overlap{of}') for row in rows]) for of in ('_observer', ''))
     kept = sum(row.percentile is None for row in rows)
-    narrower = np.median([(row.after_hi - row.after_lo) / max(row.before_hi - row.before_lo, 1e-30) for row in rows])
+    width = np.median([(row.hi - row.lo) / max(row.observer_hi - row.observer_lo, 1e-30) for row in rows])
     return (
-        f'{len(rows)} of {places} inputs and outputs of q and k projections got a range'
+        f'{len(rows)} of {places} inputs and outputs of q and k projections got a range of PCC'
         + (f', {places - len(rows)} are left out' if places > len(rows) else '')
         + (f', {kept} of them that of the observer, which no percentile beat' if kept else '')
-        + f'; their width is in the median {narrower:.2g} times the one before; mean focus overlap of the attentions '
-        f'{means[0]:.3f} -> {means[1]:.3f}'
+        + f'; they are in the median {width:.2g} times as wide as those of the observers; mean focus overlap of the '
+        f'attentions {chosen:.3f}, with the ranges of the observers {observer:.3f}'
     )
 
 
 def plot_clipping(path: Path, clipped: Mapping[str, Clipped]) -> None:
-    """Draw the extremes and the ranges of every quantizer, and the focus overlap, before and after.
+    """Draw the extremes and the ranges of every quantizer, and the focus overlap.
 
     Args:
         path: PNG file, written atomically.
@@ -102,21 +102,21 @@ def plot_clipping(path: Path, clipped: Mapping[str, Clipped]) -> None:
     ranges, overlaps = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     bars = (
         ('largest and smallest value', 'observed_min', 'observed_max', 0.0, 'lightgrey', 7.0),
-        ('range before', 'before_lo', 'before_hi', -0.17, COLOURS[0], 3.5),
-        ('range after', 'after_lo', 'after_hi', 0.17, COLOURS[5], 3.5),
+        ('range of the observer', 'observer_lo', 'observer_hi', -0.17, COLOURS[0], 3.5),
+        ('range of PCC', 'lo', 'hi', 0.17, COLOURS[5], 3.5),
     )
     for label, low, high, shift, colour, width in bars:
         ends = np.array([(getattr(row, low), getattr(row, high)) for row in rows])
         ranges.vlines(places + shift, ends[:, 0], ends[:, 1], color=colour, linewidth=width, label=label)
     # linear up to the middle of what is seen, so that narrow ranges do not shrink to a dot
-    extents = [max(abs(row.after_lo), abs(row.after_hi), 1e-6) for row in rows]
+    extents = [max(abs(row.lo), abs(row.hi), 1e-6) for row in rows]
     ranges.set_yscale('symlog', linthresh=float(np.median(extents)), linscale=2)
     ranges.axhline(0, color='black', linewidth=0.6)
     ranges.set_title('values of inputs and outputs of q and k projections', loc='left', fontsize=11)
-    for when, shift, colour in (('before', -0.17, COLOURS[0]), ('after', 0.17, COLOURS[5])):
-        alone, together = ([getattr(row, f'{what}_{when}') for row in rows] for what in ('overlap', 'attention'))
-        overlaps.plot(places + shift, alone, 'o', color=colour, markersize=5, label=f'{when}, this quantizer alone')
-        overlaps.plot(places + shift, together, '_', color=colour, markersize=9, label=f'{when}, whole attention')
+    for whose, suffix, shift, colour in (('observer', '_observer', -0.17, COLOURS[0]), ('PCC', '', 0.17, COLOURS[5])):
+        alone, together = ([getattr(row, f'{of}{suffix}') for row in rows] for of in ('overlap', 'attention_overlap'))
+        overlaps.plot(places + shift, alone, 'o', color=colour, markersize=5, label=f'{whose}, this quantizer alone')
+        overlaps.plot(places + shift, together, '_', color=colour, markersize=9, label=f'{whose}, whole attention')
     overlaps.set(ylim=(0, 1.02), xlim=(-1, len(rows)))
     overlaps.set_title('focus overlap with the float attention', loc='left', fontsize=11)
     names = split_names(list(clipped))

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from ptqsam.config import PARTS, QuantConfig, Reconstruction
+from ptqsam.config import PARTS, Part, QuantConfig, Reconstruction
 from ptqsam.errors import ConfigError
 from ptqsam.estimate import Machine, Work
 from ptqsam.reconstruction.cache import choose_store
 from ptqsam.reconstruction.engine import Sample
 from ptqsam.reconstruction.footprint import Step, cache_bytes, iteration_steps
-from ptqsam.reconstruction.optimise import ERROR_IMAGES, is_prompt_aware
+from ptqsam.reconstruction.losses import follows_prompts
+from ptqsam.reconstruction.optimise import ERROR_IMAGES
+from ptqsam.report.summary import part_text
 
 # Cost of a fake-quantized forward pass over a float one. Passes of all calibration images that bring both streams
 # through the model: one of the float model; one of the quantized model, and on the way to its units parts that add up
@@ -93,7 +95,7 @@ def plan_reconstruction(model: Any, recipe: QuantConfig, counts: Sequence[int], 
     problem = '' if any(counts) else 'none of the calibration images has a prompt box; draw more images'
     # with no box at all the decoder could not be estimated
     counts = [min(count, most) for count in (counts if any(counts) else [most] * len(counts))]
-    if is_prompt_aware(settings):
+    if follows_prompts(settings):
         counts = [count for count in counts if count]
     with torch.device('meta'):
         image = torch.empty(1, 3, model.sam.image_size, model.sam.image_size)
@@ -113,50 +115,52 @@ def reconstruction_lines(recipe: QuantConfig, plan: Plan | None) -> list[str]:
     """Units, iterations, settings with what the preset gave them, and the activation cache."""
     if recipe.reconstruction is None or plan is None:
         return []
-    settings = recipe.reconstruction.model_dump(exclude={'preset', 'unit', 'iters', 'cache', *PARTS})
-    cache = recipe.reconstruction.cache
-    values = ', '.join(f'{name}={show(value)}' for name, value in settings.items())
+    settings, cache = recipe.reconstruction, recipe.reconstruction.cache
+    told = {'preset', 'unit', 'iters', 'cache', *PARTS} | ({'loss'} if parts_differ(settings) else set())
+    values = ', '.join(f'{name}={show(value)}' for name, value in settings if name not in told)
     store = plan.store or 'nowhere'
     if cache.store == 'auto':
         store += ' (auto)'
     return [
-        *unit_lines(recipe.reconstruction, plan.steps),
+        *unit_lines(settings, plan.steps),
         *textwrap.wrap(values, 100, initial_indent=INDENT, subsequent_indent=INDENT),
         f'{INDENT}activation cache at most {plan.cache / 1e9:.2f} GB, {cache.dtype}, store {store}',
         *([f'missing: reconstruction: {plan.problem}'] if plan.problem else []),
     ]
 
 
+def parts_differ(settings: Reconstruction) -> bool:
+    """Whether encoder and decoder have units, iterations or losses of their own, or one is left out."""
+    first, second = ((own.unit, own.iters, own.loss) for own in map(settings.of, PARTS))
+    return first != second or len(settings.parts) < len(PARTS)
+
+
 def unit_lines(settings: Reconstruction, steps: Sequence[Step]) -> list[str]:
     """How many units and iterations, part by part where they differ, and how many units the prompts teach."""
     total = sum(step.iters for step in steps)
-    own = {part: settings.of(part) for part in PARTS}
-    numbers = {part: (own[part].unit, own[part].iters, own[part].loss) for part in settings.parts}
     lines = []
-    if numbers.keys() == own.keys() and all(value == numbers['encoder'] for value in numbers.values()):
-        unit, iters, _ = numbers['encoder']
-        units = f'{len(steps)} units (unit={unit}), {iters} iterations each, {total} in total'
-    else:
+    if parts_differ(settings):
         units = f'{len(steps)} units, {total} iterations in total'
         for part in PARTS:
-            if part not in numbers:
-                lines.append(f'{INDENT}{part}: not reconstructed; weights rounded to nearest, scales as calibrated')
-                continue
-            unit, iters, loss = numbers[part]
-            count = sum(step.part == part for step in steps)
-            lines.append(
-                f'{INDENT}{part}: {count} units (unit={unit}), {iters} iterations each, loss={show(dict(loss))}'
-            )
+            own, count = settings.of(part), sum(step.part == part for step in steps)
+            what = f'{count} units (unit={own.unit}), {own.iters} iterations each, loss={show(own.loss)}'
+            if part not in settings.parts:
+                what = 'not reconstructed; weights rounded to nearest, scales as calibrated, if quantized'
+            lines.append(f'{INDENT}{part}: {what}')
+    else:
+        own = settings.of('encoder')
+        units = f'{len(steps)} units (unit={own.unit}), {own.iters} iterations each, {total} in total'
     if followed := sum(step.path is not None for step in steps):
-        lines.append(f'{INDENT}prompt-aware: {followed} of them are followed to the tokens that have met the prompts')
+        lines.append(
+            f'{INDENT}prompt-aware: {followed} of {len(steps)} units learn from tokens behind the two-way transformer'
+        )
     return [f'reconstruct  {units}; preset {settings.preset}', *lines]
 
 
 def show(value: Any) -> str:
     """A setting as a recipe has it."""
-    if isinstance(value, dict):
-        name, *others = value.values()
-        return f'{name}' if not others else str(value)
+    if isinstance(value, Part):
+        return part_text(value)
     return str(value).lower() if isinstance(value, bool) else 'all' if value is None else str(value)
 
 

@@ -225,9 +225,8 @@ class RuleBook:
                 if quantizer is not None:
                     check_part(QUANTIZERS, quantizer.type, **(dict.fromkeys(OURS['quantizer']) | quantizer.kwargs()))
                 if observer is not None:
+                    # what else it takes comes from its quantizer
                     settings = dict(bits=8, symmetric=False, ch_axis=None)
-                    if own := sorted(settings.keys() & observer.kwargs()):
-                        raise ConfigError(f"'{own[0]}' of {observer.type} is that of the quantizer; leave it out")
                     build_part(OBSERVERS, observer.type, **settings, **observer.kwargs())
             except ConfigError as error:
                 raise ConfigError(f'{where}: {error}') from None

@@ -82,8 +82,8 @@ def by_path(loop):
     return {quantizer.path: quantizer for quantizer in act_quantizers(loop.target)}
 
 
-def params(row, when, quantizer):
-    return choose_qparams(*(torch.tensor(row[f'{when}_{end}']) for end in ('lo', 'hi')), quantizer.bits, False)
+def params(row, whose, quantizer):
+    return choose_qparams(*(torch.tensor(row[f'{whose}{end}']) for end in ('lo', 'hi')), quantizer.bits, False)
 
 
 def same(quantizer, expected):
@@ -102,23 +102,23 @@ def test_what_is_chosen_survives_calibration(kind, tmp_path):
         for path, quantizer in by_path(loop).items():
             assert quantizer.locked == (path in table)
             if path in table:
-                assert quantizer.mode == 'quantize' and same(quantizer, params(table[path], 'after', quantizer))
+                assert quantizer.mode == 'quantize' and same(quantizer, params(table[path], '', quantizer))
     assert all(quantizer.mode == 'quantize' for quantizer in by_path(loop).values())
     assert not any(module._forward_pre_hooks for module in loop.target.modules())
     assert sorted(path.name for path in tmp_path.iterdir()) == ['clipping.csv']
 
 
-def test_range_before_is_that_of_calibration(tmp_path):
+def test_range_of_the_observer_is_that_of_calibration(tmp_path):
     """The recipe's observer on the same boxes of the same images."""
     table = run_hook(make_loop(tmp_path, counts=(0, 6)), **FEW)
     plain = make_loop(tmp_path, counts=(0, 6))
     calibrate(plain)
     for path, row in table.items():
         quantizer = by_path(plain)[path]
-        scale, zero_point = params(row, 'before', quantizer)
+        scale, zero_point = params(row, 'observer_', quantizer)
         torch.testing.assert_close(scale, quantizer.scale, rtol=1e-5, atol=0)
         assert abs(int(zero_point) - int(quantizer.zero_point)) <= 1
-        assert (row['observed_min'], row['observed_max']) == (row['before_lo'], row['before_hi'])
+        assert (row['observed_min'], row['observed_max']) == (row['observer_lo'], row['observer_hi'])
 
 
 @torch.no_grad()
@@ -139,10 +139,10 @@ def test_report_is_what_the_attention_does(tmp_path):
             q, k = attention._heads(attention.q(attention.q_proj(q_in))), attention.k(attention.k_proj(k_in))
             maps[mode] = (q @ attention._heads(k).mT / q.shape[-1] ** 0.5).softmax(-1)
         rows = [row for name, row in table.items() if name.startswith(f'{path}.')]
-        assert len(rows) == 4 and len({row['attention_after'] for row in rows}) == 1
+        assert len(rows) == 4 and len({row['attention_overlap'] for row in rows}) == 1
         overlap = 1 - float(focus_distance(maps['off'], maps['quantize'], 0.5))
-        assert rows[0]['attention_after'] == pytest.approx(overlap, abs=1e-2)
-        assert rows[0]['attention_after'] >= rows[0]['attention_before']
+        assert rows[0]['attention_overlap'] == pytest.approx(overlap, abs=1e-2)
+        assert rows[0]['attention_overlap'] >= rows[0]['attention_overlap_observer']
 
 
 def test_planted_outliers_survive(tmp_path):
@@ -152,10 +152,10 @@ def test_planted_outliers_survive(tmp_path):
     plain, planted = (run_hook(make_loop(tmp_path, planted=p, **bits), **settings) for p in (False, True))
     path = f'{CROSS}.q'
     assert planted[path]['observed_max'] > 50 * plain[path]['observed_max']
-    assert plain[path]['attention_before'] > 0.9
-    assert planted[path]['attention_before'] < 0.6
-    assert planted[path]['attention_after'] > planted[path]['attention_before'] + 0.1
-    assert planted[path]['after_hi'] < planted[path]['before_hi'] / 10
+    assert plain[path]['attention_overlap_observer'] > 0.9
+    assert planted[path]['attention_overlap_observer'] < 0.6
+    assert planted[path]['attention_overlap'] > planted[path]['attention_overlap_observer'] + 0.1
+    assert planted[path]['hi'] < planted[path]['observer_hi'] / 10
 
 
 def test_a_search_that_loses_is_not_trusted(tmp_path, monkeypatch):
@@ -166,14 +166,14 @@ def test_a_search_that_loses_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr('ptqsam.hooks.perceptual_clipping.search_ranges', fail)
     table = run_hook(make_loop(tmp_path))
     for row in table.values():
-        assert row['percentile'] is None and (row['after_lo'], row['after_hi']) == (row['before_lo'], row['before_hi'])
-        assert row['attention_after'] == row['attention_before'] and row['mse_after'] == row['mse_before']
+        assert row['percentile'] is None and (row['lo'], row['hi']) == (row['observer_lo'], row['observer_hi'])
+        assert row['attention_overlap'] == row['attention_overlap_observer'] and row['mse'] == row['mse_observer']
 
 
 def test_nothing_in_focus_changes_nothing(tmp_path):
     """With theta 1 all ranges are equally good: those of the observers stay."""
     table = run_hook(make_loop(tmp_path), theta=1.0, **FEW)
-    assert all(row['percentile'] is None and row['attention_after'] == 1 for row in table.values())
+    assert all(row['percentile'] is None and row['attention_overlap'] == 1 for row in table.values())
 
 
 def test_best_pass_counts(tmp_path, monkeypatch):
@@ -342,7 +342,7 @@ def check_packed(folder, table, learned=False):
     load_packed(folder / 'packed', model.sam)
     there = {q.path: q for q in act_quantizers(model.sam)}
     for path, row in table.items():
-        scale, zero_point = params(row, 'after', there[path])
+        scale, zero_point = params(row, '', there[path])
         assert torch.equal(there[path].zero_point, zero_point)
         assert torch.equal(there[path].scale, scale) or learned
     assert len(table) == 28

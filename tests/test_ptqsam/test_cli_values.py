@@ -49,7 +49,7 @@ def test_the_recipe_itself_is_in_order(run):
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
-        ('reconstruction.preset', 'slow', "input should be 'paper' or 'fast', got 'slow'"),
+        ('reconstruction.preset', 'slow', "input should be 'paper', 'fast', 'paper_saq' or 'fast_stage', got 'slow'"),
         ('reconstruction.unit', 'per_stage', f"{UNITS}'per_stage'"),
         ('reconstruction.encoder.unit', 'per_stage', f"{UNITS}'per_stage'"),
         ('reconstruction.encoder.enabled', 'CAMS', f"{SWITCH}'CAMS'"),
@@ -71,7 +71,7 @@ def test_unknown_values(run, key, value, message):
     ('option', 'message'),
     [
         ('reconstruction.loss.type=ori', "unknown reconstruction loss 'ori' (known: "),
-        ('reconstruction.decoder.loss.type=CLM', "unknown reconstruction loss 'CLM' (known: "),
+        ('reconstruction.decoder.loss.type=CLM', "unknown reconstruction loss 'CLM' (did you mean 'PromptAware'?)"),
         ('hooks.0.type=ConditionNumber', "unknown solver hook 'ConditionNumber' (did you mean "),
         ('rules.0.quantizer.type=LNQQ', "rule 1 '*.softmax': unknown quantizer 'LNQQ' (did you mean 'LNQ'?)"),
         # of a place that stays in floating point, too
@@ -83,3 +83,14 @@ def test_unknown_values(run, key, value, message):
 )
 def test_unknown_parts(run, option, message, dry_run):
     assert message in refusal(run, '--quant-options', option, *['--dry-run'] * dry_run)
+
+
+def test_units_too_small_for_the_prompts(run):
+    """The keys that are named are those that help."""
+    options = ['--quant-options', 'reconstruction.unit=stage', 'reconstruction.loss.type=PromptAware']
+    options += ['reconstruction.decoder.unit=layer']
+    line = refusal(run, '--dry-run', *options)
+    cures = ['reconstruction.decoder.unit', 'reconstruction.decoder.loss.type=SquaredError']
+    assert 'the unit of the decoder is layer' in line and all(cure in line for cure in cures)
+    for cure in (f'{cures[0]}=block', cures[1]):
+        assert run('--dry-run', *options, cure)[0] == 0

@@ -9,6 +9,7 @@ from mmengine.config import Config
 
 from ptqsam.cli import parse_args
 from ptqsam.config import PRESETS, load_quant_config, parse_quant_config
+from ptqsam.config.files import LIST_ADVICE
 from ptqsam.errors import ConfigError
 from tests.tiny import ROOT
 
@@ -93,7 +94,7 @@ def test_mistakes_are_one_clear_line(change, message):
         ({'b_range': [20, 0.5]}, "key 'reconstruction.b_range': the exponent has to fall"),
         ({'b_range': [20]}, "key 'reconstruction.b_range.1' is missing"),
         ({'b_range': [20, 9, 2]}, "key 'reconstruction.b_range'"),
-        ({'b_range': 20}, "key 'reconstruction.b_range': input should be a valid tuple, got 20"),
+        ({'b_range': 20}, "key 'reconstruction.b_range': input should be a valid list, got 20"),
         ({'b_range': ['a', 2]}, "key 'reconstruction.b_range.0'"),
         ({'b_range': [math.inf, 2]}, "key 'reconstruction.b_range.0': input should be a finite number, got inf"),
         ({'warm_up': 1.0}, "key 'reconstruction.warm_up'"),
@@ -266,6 +267,64 @@ def test_override_typo_names_the_key(tmp_path):
     (tmp_path / 'a.yaml').write_text('algorithm: a\nbits: {weight: 8, act: 8}\n')
     with pytest.raises(ConfigError, match=r"with --quant-options: unknown key 'calibration.num_imges' \(did you mean"):
         load_quant_config(tmp_path / 'a.yaml', {'calibration.num_imges': 2})
+
+
+@pytest.mark.parametrize(
+    ('given', 'advised'),
+    [
+        ('hooks=PerceptualClipping', True),
+        ('hooks=[dict(type="PerceptualClipping")]', True),
+        ('hooks.0=PerceptualClipping', True),
+        ('hooks.2.type=PerceptualClipping', True),
+        ('hooks.PerceptualClipping.theta=0.4', True),
+        ('rules=[{match:image_encoder.*}]', True),
+        ('rules.3.enabled=False', True),
+        ('rules.0.enabled=on', False),
+        ('rules.0.enable=False', False),
+        ('calibration=3', False),
+        ('hooks.1.theta=0.4', None),
+        ('rules.2.enabled=False', None),
+        ('hooks=[]', None),
+    ],
+)
+def test_lists_on_the_command_line(given, advised):
+    """They cannot be written there; what a recipe has in one can be changed."""
+    recipe = ROOT / 'exp' / 'saq_sam' / 'w4a4.yaml'
+    if advised is None:
+        assert load_quant_config(recipe, options(given)) != load_quant_config(recipe)
+        return
+    with pytest.raises(ConfigError) as info:
+        load_quant_config(recipe, options(given))
+    assert str(info.value).endswith(LIST_ADVICE) == advised
+    assert '\n' not in str(info.value)
+
+
+def test_lists_that_a_recipe_lacks():
+    with pytest.raises(ConfigError, match=r"key 'hooks': input should be a valid list; write lists in a recipe"):
+        load_quant_config(ROOT / 'exp' / 'mse' / 'w4a4.yaml', options('hooks.0.theta=0.5'))
+    # a mistake of the recipe's own is no matter of options
+    with pytest.raises(ConfigError, match=r"key 'hooks': input should be a valid list, got 'PCC'$"):
+        parse_quant_config(GOOD | {'hooks': 'PCC'}, 'here')
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            {'calibration': {'observer': {'act': {'type': 'MSE', 'symmetric': True}}}},
+            "key 'calibration.observer.act': 'symmetric' of MSE is that of the quantizer; leave it out",
+        ),
+        (
+            {'reconstruction': {part: {'enabled': False} for part in ('encoder', 'decoder')}},
+            "key 'reconstruction': both parts are disabled; leave out the section (reconstruction=None), or enable one",
+        ),
+        ({'compat': ['soft_weights']}, "key 'compat': input should be a valid dictionary"),
+    ],
+)
+def test_sections_are_not_repeated(change, message):
+    with pytest.raises(ConfigError) as info:
+        parse_quant_config(GOOD | change, 'here')
+    assert str(info.value) == f'here: {message}'
 
 
 def test_a_recipe_is_only_data(tmp_path):

@@ -10,11 +10,11 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from ptqsam.config import load_quant_config
+from ptqsam.config import PARTS, load_quant_config
 from ptqsam.modules.walk import quantizers
 from ptqsam.registry import QUANTIZERS
 from ptqsam.solver.prepare import quantize_model
-from ptqsam.solver.rules import Point, RuleBook
+from ptqsam.solver.rules import Point, RuleBook, part_of
 from tests.tiny import ROOT
 
 CONFIGS = [path for path in sorted((ROOT / 'configs').glob('*/*.*')) if path.parent.name != '_base_']
@@ -52,6 +52,7 @@ class Expected:
         scales: whether it learns scales of activations.
         loss: reconstruction loss.
         preset: of the reconstruction.
+        parts: of SAM that are quantized; the others stay in floating point.
     """
 
     act: str = 'Uniform'
@@ -65,6 +66,7 @@ class Expected:
     scales: bool = True
     loss: str = 'SquaredError'
     preset: str = 'fast'
+    parts: tuple[str, ...] = PARTS
 
     def quantizer(self, point: Point) -> str:
         """Quantizer of a point."""
@@ -113,6 +115,8 @@ SPECIAL = {
     'saq_ablation/base': replace(ALGORITHMS['ptq4sam'], observers=('MSE', 'MSE')),
     'saq_ablation/stage': replace(ALGORITHMS['par'], loss='SquaredError'),
     'saq_ablation/prompt_only': ALGORITHMS['par'],
+    'saq_ablation/encoder_only': replace(ALGORITHMS['par'], hooks=(), parts=('encoder',)),
+    'saq_ablation/decoder_only': replace(ALGORITHMS['saq_sam'], parts=('decoder',)),
     'ahcq_ablation/all': replace(ALGORITHMS['ahcq_sam'], hooks=('ConditionNumberReduction',)),
 }
 
@@ -123,7 +127,7 @@ def name_of(recipe: Path) -> str:
 
 
 def expected_of(recipe: Path) -> Expected:
-    """What a recipe that quantizes all places is meant to do."""
+    """What a recipe that quantizes all places of a part is meant to do."""
     return SPECIAL.get(name_of(recipe)) or ALGORITHMS[recipe.parent.name]
 
 
@@ -175,7 +179,9 @@ def test_quantizers_stand_where_the_method_wants_them(recipe):
         observer = QUANTIZERS.get(kind).own_observer or expected.observers[point.kind == 'act']
         assert choice.observer.type == observer, point
     assert {c.point.kind for c in rules.enabled} == {'weight', 'act'}
-    assert sum(choice.point.role.endswith('.softmax') for choice in rules.enabled) > 7
+    softmax = Counter(part_of(choice.point) for choice in rules.enabled if choice.point.role.endswith('.softmax'))
+    assert softmax == {part: {'encoder': 10, 'decoder': 7}[part] for part in expected.parts}
+    assert {part_of(choice.point) for choice in rules.enabled} == set(expected.parts)
     config = rules.config
     assert tuple(hook.type for hook in config.hooks) == expected.hooks
     assert (config.reconstruction and config.reconstruction.unit) == expected.unit
@@ -183,6 +189,7 @@ def test_quantizers_stand_where_the_method_wants_them(recipe):
         assert config.reconstruction.preset == expected.preset
         assert config.reconstruction.activations == expected.scales
         assert config.reconstruction.loss.type == expected.loss
+        assert config.reconstruction.parts == list(expected.parts)
     assert not config.compat.active, 'no shipped recipe reproduces a defect'
 
 

@@ -1,4 +1,4 @@
-"""Ranges before and after clipping: table, line and picture, also where the observer's range was kept."""
+"""Ranges of clipping beside those of observers: table, line and picture, also where the observer's was kept."""
 
 import matplotlib.image
 import numpy as np
@@ -15,8 +15,8 @@ ROWS |= {'decoder.layers.0.self_attn.k': CLIPPED, 'decoder.final_attn.q': KEPT}
 def test_table(tmp_path):
     write_clipping(tmp_path / 'c.csv', {'a.q': CLIPPED, 'a.k': KEPT})
     assert (tmp_path / 'c.csv').read_text().split('\n') == [
-        'quantizer,observed_min,observed_max,before_lo,before_hi,after_lo,after_hi,percentile,overlap_before,'
-        'overlap_after,attention_before,attention_after,mse_before,mse_after',
+        'quantizer,observed_min,observed_max,observer_lo,observer_hi,lo,hi,percentile,overlap_observer,overlap,'
+        'attention_overlap_observer,attention_overlap,mse_observer,mse',
         'a.q,-167,177,-100,100,-1,1,0.985,0.25,0.75,0.25,0.5,0.125,4',
         'a.k,0,2,0,2,0,2,,0.5,0.5,0.5,0.5,0.25,0.25',
         '',
@@ -25,8 +25,9 @@ def test_table(tmp_path):
 
 def test_line():
     assert summarise_clipping({'a.q': CLIPPED}, 1) == (
-        '1 of 1 inputs and outputs of q and k projections got a range; their width is in the median 0.01 times the one '
-        'before; mean focus overlap of the attentions 0.250 -> 0.500'
+        '1 of 1 inputs and outputs of q and k projections got a range of PCC; they are in the median 0.01 times as '
+        'wide as those of the observers; mean focus overlap of the attentions 0.500, with the ranges of the observers '
+        '0.250'
     )
     line = summarise_clipping({'a.q': CLIPPED, 'a.k': KEPT}, 4)
     assert '2 of 4' in line and ', 2 are left out' in line and ', 1 of them that of the observer' in line

@@ -9,10 +9,10 @@ import torch
 from projects.instance_segment_anything import SegmentAnything
 from ptqsam.checkpoint import save_packed, structure
 from ptqsam.cli import load_model_config, main
-from ptqsam.config import load_quant_config, parse_quant_config
+from ptqsam.config import Part, load_quant_config, parse_quant_config
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.estimate import Machine, Work, measure_machine, measure_work, packed_bytes
-from ptqsam.hooks import ConditionNumberReduction
+from ptqsam.hooks import ConditionNumberReduction, PerceptualClipping
 from ptqsam.modules.walk import act_quantizers, quantizers
 from ptqsam.reconstruction.cache import ActivationCache
 from ptqsam.reconstruction.engine import Sample
@@ -99,6 +99,19 @@ def test_a_reconstruction_is_described(tiny, capsys):
     assert not any(line.startswith('missing') for line in lines)
 
 
+@pytest.mark.parametrize('loss', ['SquaredError', 'PromptAware'])
+@pytest.mark.parametrize(('disabled', 'other', 'units'), [('encoder', 'decoder', 3), ('decoder', 'encoder', 2)])
+def test_a_part_that_is_not_reconstructed_is_described(disabled, other, units, loss, tiny, capsys):
+    words = [f'{disabled}.enabled=False', 'unit=stage', f'loss.type={loss}']
+    rows, lines = described(tiny, capsys, *(f'reconstruction.{word}' for word in words))
+    start = lines.index(f'reconstruct  {units} units, {7 * units} iterations in total; preset fast')
+    found = [line.strip() for line in lines[start + 1 :]]
+    assert f'{other}: {units} units (unit=stage), 7 iterations each, loss={loss}' in found
+    assert any(line.startswith(f'{disabled}: not reconstructed; ') for line in found)
+    # told for the part already
+    assert sum('loss=' in line for line in found) == 1 and rows['reconstruct'][1] == '2'
+
+
 def test_options_of_a_reconstruction_are_described(tiny, capsys):
     words = ['unit=block', 'preset=paper', 'cache.store=disk', 'tokens_per_step=None', 'max_boxes=1']
     rows, lines = described(tiny, capsys, *(f'reconstruction.{word}' for word in words), 'compat.soft_weights=True')
@@ -131,7 +144,7 @@ def test_hooks_cost_their_passes(monkeypatch):
     monkeypatch.setattr('ptqsam.solver.dry_run.measure_machine', lambda device: Machine(flops=1.0, bandwidth=1.0))
     model = SimpleNamespace(options=SimpleNamespace(chunk_size=2), count_boxes=lambda dataset, cache_dir: [1, 3])
     stages = {'calibrate': (Images(Path('x'), None, dataset=[0, 1]), 9)}
-    lines = estimate_lines(model, stages, Work(7, 0, 0), Work(4, 0, 0), 0, hooks=[hook, object()])
+    lines = estimate_lines(model, stages, Work(7, 0, 0), Work(4, 0, 0), 0, hooks=[hook, PerceptualClipping(passes=3)])
     times = {line.split()[0]: line.split()[3] for line in lines[2].split('\n')[1:]}
     assert times == {'ConditionNumberReduction': '66', 'calibrate': '22'}, '2 * 7 + 4 / 2 * 4 seconds per pass'
 
@@ -160,8 +173,8 @@ def test_images_without_boxes_are_a_line(tiny, capsys, monkeypatch):
 
 def test_settings_are_shown_as_recipes_have_them():
     assert [show(value) for value in (True, None, 0.5, 'x')] == ['true', 'all', '0.5', 'x']
-    assert show({'type': 'SquaredError'}) == 'SquaredError'
-    assert 'dim' in show({'type': 'SquaredError', 'dim': 1})
+    assert show(Part(type='SquaredError')) == 'SquaredError'
+    assert show(Part(type='PromptAware', stage=0)) == 'PromptAware stage=0'
 
 
 def test_the_cache_is_not_larger_than_told(tiny, tmp_path, monkeypatch, capsys):
@@ -221,7 +234,9 @@ def test_work_of_an_iteration():
 
 
 def test_time_of_a_reconstruction():
-    steps = [Step('a', Work(100, 0, 10), 0, iters=5), Step('b', Work(300, 0, 20), 0, iters=5)]
+    steps = [
+        Step(name, Work(flops, 0, peak), 0, 5, 'encoder') for name, flops, peak in (('a', 100, 10), ('b', 300, 20))
+    ]
     plan = Plan(steps, images=8, boxes=16, cache=0, store='host', problem='')
     machine = Machine(flops=100.0, bandwidth=1e9)
     passes = STREAM_PASSES + 2 * QUANTIZED_COST * ERROR_IMAGES / 8

@@ -236,10 +236,6 @@ def test_bits_of_a_part_are_told_where_no_rule_of_the_recipe_is():
             "calibration.observer.weight: MinMax has no argument 'alpha'; it takes none",
         ),
         (
-            {'calibration': {'observer': {'act': {'type': 'MSE', 'symmetric': True}}}},
-            "calibration.observer.act: 'symmetric' of MSE is that of the quantizer; leave it out",
-        ),
-        (
             {'bits': {'weight': 4, 'act': 4, 'decoder': {'act': 8}}}
             | {'calibration': {'observer': {'act': {'type': 'Percentile', 'percentile': 7}}}},
             'calibration.observer.act: Percentile: 7 is not within (0.5, 1]',
