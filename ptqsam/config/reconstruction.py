@@ -42,12 +42,14 @@ class PartReconstruction(Schema):
         unit: smallest thing reconstructed.
         iters: iterations per unit.
         loss: reconstruction loss.
+        weight_lr: learning rate of the rounding variables.
     """
 
     enabled: bool = True
     unit: UnitLevel | None = None
     iters: int | None = Field(default=None, ge=1)
     loss: Part | None = None
+    weight_lr: float | None = Field(default=None, gt=0)
 
 
 class Reconstruction(Schema):
