@@ -116,7 +116,7 @@ def reconstruction_lines(recipe: QuantConfig, plan: Plan | None) -> list[str]:
     if recipe.reconstruction is None or plan is None:
         return []
     settings, cache = recipe.reconstruction, recipe.reconstruction.cache
-    told = {'preset', 'unit', 'iters', 'cache', *PARTS} | ({'loss'} if parts_differ(settings) else set())
+    told = {'preset', 'unit', 'iters', 'cache', *PARTS} | ({'loss', 'weight_lr'} if parts_differ(settings) else set())
     values = ', '.join(f'{name}={show(value)}' for name, value in settings if name not in told)
     store = plan.store or 'nowhere'
     if cache.store == 'auto':
@@ -130,8 +130,8 @@ def reconstruction_lines(recipe: QuantConfig, plan: Plan | None) -> list[str]:
 
 
 def parts_differ(settings: Reconstruction) -> bool:
-    """Whether encoder and decoder have units, iterations or losses of their own, or one is left out."""
-    first, second = ((own.unit, own.iters, own.loss) for own in map(settings.of, PARTS))
+    """Whether encoder and decoder have settings of their own, or one is left out."""
+    first, second = ((own.unit, own.iters, own.loss, own.weight_lr) for own in map(settings.of, PARTS))
     return first != second or len(settings.parts) < len(PARTS)
 
 
@@ -143,7 +143,10 @@ def unit_lines(settings: Reconstruction, steps: Sequence[Step]) -> list[str]:
         units = f'{len(steps)} units, {total} iterations in total'
         for part in PARTS:
             own, count = settings.of(part), sum(step.part == part for step in steps)
-            what = f'{count} units (unit={own.unit}), {own.iters} iterations each, loss={show(own.loss)}'
+            what = (
+                f'{count} units (unit={own.unit}), {own.iters} iterations each, loss={show(own.loss)}, '
+                f'weight_lr={own.weight_lr:g}'
+            )
             if part not in settings.parts:
                 what = 'not reconstructed; weights rounded to nearest, scales as calibrated, if quantized'
             lines.append(f'{INDENT}{part}: {what}')

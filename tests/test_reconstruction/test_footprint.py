@@ -193,17 +193,19 @@ def test_prompt_aware_is_described(tiny, tmp_path, capsys):
 
 
 def test_parts_are_described(tiny, tmp_path, capsys):
-    options = 'unit: stage, encoder: {iters: 3, loss: {type: PromptAware, stage: 0}}, decoder: {unit: block}'
+    options = (
+        'unit: stage, encoder: {iters: 3, loss: {type: PromptAware, stage: 0}, weight_lr: 0.03}, decoder: {unit: block}'
+    )
     assert dry_run(tiny, tmp_path, capsys, options) == [
         'reconstruct 5 units, 27 iterations in total; preset fast',
-        'encoder: 2 units (unit=stage), 3 iterations each, loss=PromptAware stage=0',
-        'decoder: 3 units (unit=block), 7 iterations each, loss=SquaredError',
+        'encoder: 2 units (unit=stage), 3 iterations each, loss=PromptAware stage=0, weight_lr=0.03',
+        'decoder: 3 units (unit=block), 7 iterations each, loss=SquaredError, weight_lr=0.1',
         'prompt-aware: 1 of 5 units learn from tokens behind the two-way transformer',
     ]
     assert dry_run(tiny, tmp_path, capsys, 'unit: block, encoder: {enabled: false}') == [
         'reconstruct 3 units, 21 iterations in total; preset fast',
         'encoder: not reconstructed; weights rounded to nearest, scales as calibrated, if quantized',
-        'decoder: 3 units (unit=block), 7 iterations each, loss=SquaredError',
+        'decoder: 3 units (unit=block), 7 iterations each, loss=SquaredError, weight_lr=0.1',
     ]
 
 

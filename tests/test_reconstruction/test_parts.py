@@ -40,7 +40,8 @@ def test_a_part_that_is_not_reconstructed(part, prefix, drift_correction, tmp_pa
 
 def test_parts_have_their_own_settings(tmp_path):
     """Units, iterations and loss; what a part does not say is as for the whole."""
-    recipe = make_recipe(unit='module', iters=3, encoder=dict(unit='stage', iters=2, loss={'type': 'PromptAware'}))
+    encoder = dict(unit='stage', iters=2, loss={'type': 'PromptAware'}, weight_lr=0.02)
+    recipe = make_recipe(unit='module', iters=3, weight_lr=0.5, encoder=encoder)
     check_reconstruction(recipe)
     model, samples = calibrated_model('deep_vit', recipe)
     engine = make_engine(model, samples, recipe, tmp_path / 'w')
@@ -57,6 +58,8 @@ def test_parts_have_their_own_settings(tmp_path):
     followed = {unit.name: unit.followed_to for unit in engine.numbers if unit.followed_to is not None}
     assert followed == {f'image_encoder.{name}': IMAGE_TOKENS for name in ('blocks.0..1', 'blocks.2..3')}
     assert engine.bar.total == 3 * 2 + 9 * 3
+    rates = {(unit.name.split('.')[0], settings.weight_lr) for unit, settings in engine.of_unit.items()}
+    assert rates == {('image_encoder', 0.02), ('mask_decoder', 0.5)}
 
 
 def test_both_parts_disabled_is_refused():

@@ -106,7 +106,7 @@ def test_a_part_that_is_not_reconstructed_is_described(disabled, other, units, l
     rows, lines = described(tiny, capsys, *(f'reconstruction.{word}' for word in words))
     start = lines.index(f'reconstruct  {units} units, {7 * units} iterations in total; preset fast')
     found = [line.strip() for line in lines[start + 1 :]]
-    assert f'{other}: {units} units (unit=stage), 7 iterations each, loss={loss}' in found
+    assert f'{other}: {units} units (unit=stage), 7 iterations each, loss={loss}, weight_lr=0.1' in found
     assert any(line.startswith(f'{disabled}: not reconstructed; ') for line in found)
     # told for the part already
     assert sum('loss=' in line for line in found) == 1 and rows['reconstruct'][1] == '2'
