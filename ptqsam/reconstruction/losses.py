@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptqsam.checks import check_number
-from ptqsam.config import Reconstruction
+from ptqsam.config import Part, Reconstruction
 from ptqsam.modules.unit_kinds import QUERIES
 from ptqsam.registry import RECON_LOSSES, build_part
 
@@ -144,6 +144,9 @@ def make_loss(settings: Reconstruction) -> Any:
 
 def follows_prompts(settings: Reconstruction) -> bool:
     """Whether the loss of a recipe, in some part of SAM that is reconstructed, follows units to the prompts."""
-    losses = [RECON_LOSSES.get(settings.of(part).loss.type) for part in settings.parts]
-    # a loss of somebody else may know nothing of prompts
-    return any(getattr(loss, 'prompt_aware', False) for loss in losses)
+    return any(is_prompt_aware(settings.of(part).loss) for part in settings.parts)
+
+
+def is_prompt_aware(loss: Part) -> bool:
+    """Whether a loss looks at tokens that have met the prompts; one of somebody else may know nothing of them."""
+    return getattr(RECON_LOSSES.get(loss.type), 'prompt_aware', False)

@@ -18,7 +18,7 @@ from ptqsam.modules.base import qualified_name
 from ptqsam.modules.unit_kinds import unit_kind
 from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.quantizers import Quantizer
-from ptqsam.registry import RECON_LOSSES
+from ptqsam.reconstruction.losses import is_prompt_aware
 
 # what a crop of an image may pass through: it treats all positions alike
 _POINTWISE = (nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.Identity, nn.Conv2d, QuantConv2d, QuantNorm)
@@ -116,7 +116,7 @@ def find_parts(
     found = {level: find_segments(model, level, forwards[: len(needed)]) for level in dict.fromkeys(levels.values())}
     for number, part in enumerate(needed):
         parts[part] = found[levels[part]][number]
-        follow = getattr(RECON_LOSSES.get(settings.of(part).loss.type), 'prompt_aware', False)
+        follow = is_prompt_aware(settings.of(part).loss)
         for segment in parts[part]:
             if part not in settings.parts:
                 segment.units = []

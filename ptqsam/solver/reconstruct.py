@@ -21,7 +21,7 @@ from ptqsam.progress import progress
 from ptqsam.reconstruction.cache import ActivationCache, choose_store
 from ptqsam.reconstruction.engine import Reconstructor, Sample
 from ptqsam.reconstruction.footprint import cache_bytes
-from ptqsam.reconstruction.losses import make_loss
+from ptqsam.reconstruction.losses import is_prompt_aware, make_loss
 from ptqsam.solver.calibrate import limit_boxes
 
 CALIBRATED = 'calibrated.safetensors'
@@ -141,8 +141,8 @@ def check_reconstruction(recipe: QuantConfig) -> None:
         return
     for part in recipe.reconstruction.parts:
         settings = recipe.reconstruction.of(part)
-        prompt_aware = getattr(make_loss(settings), 'prompt_aware', False)
-        if prompt_aware and settings.unit not in ('block', 'stage'):
+        make_loss(settings)  # refuses what cannot be built
+        if is_prompt_aware(settings.loss) and settings.unit not in ('block', 'stage'):
             raise ConfigError(
                 f'reconstruction: {settings.loss.type} follows whole blocks and stages to the prompts, but the unit of '
                 f'the {part} is {settings.unit}; set reconstruction.unit (or reconstruction.{part}.unit) to block or '
