@@ -27,7 +27,9 @@ def test_description(declared: dict[str, Any]) -> None:
     assert declared['version'] == ptqsam.__version__
     assert declared['entry_points'] == {'console_scripts': ['ptqsam-test = ptqsam.cli:main']}
     packages = set(declared['packages'])
-    assert {'ptqsam', 'ptqsam.quantizers', 'projects.instance_segment_anything'} <= packages
+    assert {'ptqsam', 'ptqsam.quantizers', 'projects.instance_segment_anything', 'projects.detr_common'} <= packages
+    # configs of detectors are found beside the code
+    assert {'projects.hdetr.configs', 'projects.focalnet_dino.configs'} <= packages
     assert {name.split('.')[0] for name in packages} == {'ptqsam', 'projects'}
 
 
