@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import sys
 import tempfile
 import time
 import traceback
@@ -15,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
@@ -25,6 +23,7 @@ from mmengine.runner import Runner
 from ptqsam.allocator import keep_freed_memory
 from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.errors import ConfigError, PTQSAMError
+from ptqsam.launch import lost_others, report_failure, report_lost, tell_others, together
 from ptqsam.reconstruction.cache import is_out_of_memory
 from ptqsam.report import result_table
 from ptqsam.solver.loop import PREPARATION_FILES, RESULT_FILES
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)
     return exit_code_of(
-        lambda: run(args),
+        lambda: run_together(args),
         args.verbose,
         'lower calibration.max_boxes, reconstruction.tokens_per_step or reconstruction.max_boxes with '
         '--quant-options, or model.test_cfg.chunk_size with --cfg-options',
@@ -70,16 +69,17 @@ def exit_code_of(tool: Callable[[], int], verbose: bool, less_memory: str, inter
     except PTQSAMError as error:
         if verbose:
             traceback.print_exc()
-        print(f'error: {one_line(error)}', file=sys.stderr)
-        return error.exit_code
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f'error: out of memory ({str(error).splitlines()[0]}); {less_memory}', file=sys.stderr)
-        return ConfigError.exit_code
+        return report_failure(f'error: {one_line(error)}', error.exit_code)
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+        return report_failure(interrupted, 130)
+    except Exception as error:
+        if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+            line = f'error: out of memory ({str(error).splitlines()[0]}); {less_memory}'
+            return report_failure(line, ConfigError.exit_code)
+        if lost_others(error):
+            return report_lost()
+        tell_others(f'error: {type(error).__name__}: {" ".join(str(error).split())}')
+        raise
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -100,7 +100,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--wandb', metavar='PROJECT', help='report to Weights & Biases, offline unless WANDB_MODE is set'
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm'],
+        default='none',
+        help='share the work with the other processes of torchrun (pytorch) or srun (slurm)',
+    )
     parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
     try:
         args = parser.parse_args(argv)
@@ -109,6 +114,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.limit is not None and args.limit < 1:
         parser.error('--limit must be at least 1')
     return args
+
+
+def run_together(args: argparse.Namespace) -> int:
+    """`run`, with the other processes of `--launcher`."""
+    with together(args.launcher):
+        return run(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -128,13 +139,12 @@ def run(args: argparse.Namespace) -> int:
     if args.seed is not None:
         overrides['calibration.seed'] = args.seed
     recipe = load_quant_config(args.quant_config, overrides)
-    if args.launcher != 'none' and not torch.cuda.is_available():
-        raise ConfigError(f'--launcher {args.launcher}: mmengine launches on GPUs only, none found; leave it out')
     config = load_model_config(args.model_config, args.cfg_options)
     if args.dry_run:
         from ptqsam.solver.dry_run import describe_run
 
-        print(describe_run(config, recipe, args.limit))
+        if is_main_process():
+            print(describe_run(config, recipe, args.limit))
         return 0
     work_dir = args.work_dir or Path('work_dirs') / Path(args.model_config).stem / recipe_name(args.quant_config)
     cache_dir = cache_folder()
@@ -286,7 +296,8 @@ def build_runner(
     if args.wandb:
         hook = dict(type='ptqsam.WandbReport', project=args.wandb)
         config.custom_hooks = [*config.get('custom_hooks', []), hook]
-    config.work_dir, config.launcher = str(work_dir), args.launcher
+    # the processes have joined already; mmengine would do it again, on GPUs only, and wrap the model for training
+    config.work_dir, config.launcher = str(work_dir), 'none'
     config.randomness = dict(seed=seed)
     # experiment_name keys mmengine's global logger; two runs in one process must not share it
     config.experiment_name = f'{options.model}_{options.quant}_{time.time_ns()}'

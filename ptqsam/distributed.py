@@ -1,9 +1,9 @@
-"""Several processes: one decides for all."""
+"""Several processes: one decides for all, or each does its share."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import broadcast_object_list, get_dist_info, is_main_process
 
 T = TypeVar('T')
 
@@ -30,3 +30,14 @@ def decided_by_main(decide: Callable[[], T]) -> T:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def own_block(count: int) -> range:
+    """Positions of this process's share of some items: a block, so that shares in the order of processes are all.
+
+    Args:
+        count: number of items.
+    """
+    rank, world_size = get_dist_info()
+    start, stop = (-(-number * count // world_size) for number in (rank, rank + 1))
+    return range(start, stop)

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from mmengine.dist import is_main_process
 from tqdm import tqdm
 
 T = TypeVar('T')
@@ -21,7 +22,7 @@ def progress(items: Iterable[T], what: str, unit: str, total: int | None = None)
     Returns:
         An iterable over ``items``.
     """
-    return tqdm(items, desc=what, unit=f' {unit}', total=total, file=sys.stderr, mininterval=_interval())
+    return tqdm(items, desc=what, unit=f' {unit}', total=total, **_settings())
 
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:
@@ -32,9 +33,10 @@ def progress_bar(total: int, what: str, unit: str) -> tqdm:
         what: the work, for example 'reconstruct'.
         unit: what one item is, for example 'iteration'.
     """
-    return tqdm(desc=what, unit=f' {unit}', total=total, file=sys.stderr, mininterval=_interval())
+    return tqdm(desc=what, unit=f' {unit}', total=total, **_settings())
 
 
-def _interval() -> float:
-    """Seconds between updates: a log file gets a line every half minute, a terminal a living bar."""
-    return 0.2 if sys.stderr.isatty() else 30.0
+def _settings() -> dict[str, Any]:
+    """One bar for all processes; a log file gets a line every half minute, a terminal a living bar."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return dict(file=sys.stderr, mininterval=interval, disable=not is_main_process())

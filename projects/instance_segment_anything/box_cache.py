@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,24 @@ import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmdet.structures import DetDataSample
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import all_gather_object, barrier, get_dist_info, is_main_process
 from mmengine.structures import InstanceData
 
+from ptqsam.distributed import decided_by_main
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.fileio import fingerprint, folder_lock, sha256_file, write_json
-from ptqsam.progress import progress
+from ptqsam.progress import progress_bar
 
 from .mmdet_detector import MMDetDetector
 from .oracle import OracleDetector
 from .prompts import PromptOptions
 
-_FORMAT = 'ptqsam boxes 2'
+_FORMAT = 'ptqsam boxes 3'
+_OLDER = ('ptqsam boxes 2',)  # without boxes of low scores
 # generous, because score threshold and number of boxes are applied when the boxes are used
-_MIN_SCORE = 0.01
 _MAX_BOXES = 300
+# images that each of several processes looks at before they bring together what they found
+_IMAGES_PER_TURN = 8
 # seconds between writes while the detector runs: what an interruption can cost
 _SAVE_EVERY = 60.0
 
@@ -36,6 +41,9 @@ Boxes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def cached_boxes(detector: MMDetDetector, dataset: Any, cache_dir: str | Path, device: torch.device) -> Path:
     """Make sure that the boxes of all images of a dataset lie on disk; run the detector only where they do not.
+
+    Of several processes each detects in its share of the images, and the main process writes: the same file as one
+    process would.
 
     Args:
         detector: gives the boxes; its memory is given back afterwards.
@@ -51,15 +59,26 @@ def cached_boxes(detector: MMDetDetector, dataset: Any, cache_dir: str | Path, d
 
     Raises:
         AssetError: an image is missing or broken, the weights do not fit, or the file was tampered with.
-        ConfigError: the detector knows more classes than the dataset, or the folder cannot be written.
+        ConfigError: the detector knows other classes than the dataset, or the folder cannot be written.
     """
-    path, key, made_with = _place(detector, dataset, cache_dir)
-    if is_main_process() and _missing(_content(path, key, made_with), dataset):
-        _check_writable(path.parent)
-        # only one process detects; one that waited finds the boxes of the other
-        with folder_lock(path.parent, 'detection of boxes for this folder'):
-            _detect_missing(detector, dataset, path, _content(path, key, made_with), device)
-    barrier()
+    _check_classes(detector, dataset)
+    with ExitStack() as stack:
+
+        def open_file() -> tuple[Path, list[dict[str, Any]]]:
+            path, key, made_with = _place(detector, dataset, cache_dir)
+            if not _missing(_content(path, key, made_with), dataset):
+                return path, []
+            _check_writable(path.parent)
+            # only one run detects; one that waited finds the boxes of the other
+            stack.enter_context(folder_lock(path.parent, 'detection of boxes for this folder'))
+            content = _content(path, key, made_with)
+            if not content['images']:
+                _say_why(path, made_with)
+            return path, _missing(content, dataset)
+
+        path, missing = decided_by_main(open_file)
+        if missing:
+            _detect_missing(detector, dataset, path, missing, device)
     return path
 
 
@@ -75,11 +94,6 @@ def check_limits(options: PromptOptions) -> None:
     Raises:
         ConfigError: names the limit.
     """
-    if options.score_thr < _MIN_SCORE:
-        raise ConfigError(
-            f'model.test_cfg.score_thr={options.score_thr} is too small: boxes of a detector are kept from a score of '
-            f'{_MIN_SCORE} on; use {_MIN_SCORE} or more'
-        )
     if options.max_boxes > _MAX_BOXES:
         raise ConfigError(
             f'model.test_cfg.max_boxes={options.max_boxes} is too large: of a detector, the best {_MAX_BOXES} boxes of '
@@ -166,7 +180,9 @@ def _place(detector: MMDetDetector, dataset: Any, cache_dir: str | Path) -> tupl
 def _content(path: Path, key: str, made_with: dict[str, Any]) -> dict[str, Any]:
     """What the file holds, or what a new one begins with."""
     if path.exists():
-        return _read(path, key)
+        content = _read(path, key)
+        if content['format'] == _FORMAT:
+            return content
     return dict(format=_FORMAT, fingerprint=key, made_with=made_with, images=[], detections=[])
 
 
@@ -188,29 +204,86 @@ def _size(path: str) -> int | None:
 
 
 def _detect_missing(
-    detector: MMDetDetector, dataset: Any, path: Path, content: dict[str, Any], device: torch.device
+    detector: MMDetDetector, dataset: Any, path: Path, missing: list[dict[str, Any]], device: torch.device
 ) -> None:
     """Add what the detector finds in images that are missing, and write the file, however this ends."""
-    missing = _missing(content, dataset)
-    stale = {image['img_id'] for image in missing}
-    content['images'] = [image for image in content['images'] if image['id'] not in stale]
-    content['detections'] = [found for found in content['detections'] if found['image_id'] not in stale]
+    rank, world_size = get_dist_info()
+    _, key, made_with = _place(detector, dataset, path.parent)
     # an image and its boxes in one append: an interruption cannot part them
     fresh: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    content = _without(_content(path, key, made_with), missing) if is_main_process() else {}
     saved = time.monotonic()
+    # one process writes what it has after every image; several bring their images together from time to time
+    turn = 1 if world_size == 1 else world_size * _IMAGES_PER_TURN
     try:
-        for image in progress(missing, 'detect boxes', 'image'):
-            listed = dict(id=image['img_id'], bytes=_size(image['img_path']))
-            sample = DetDataSample(metainfo={name: image[name] for name in ('img_id', 'img_path')})
-            found = detector.detect(sample, device)
-            fresh.append((listed, _as_coco(found, image, content['made_with']['category_ids'])))
-            if time.monotonic() - saved >= _SAVE_EVERY:
-                _write(path, content, fresh)
-                saved = time.monotonic()
+        with progress_bar(len(missing), 'detect boxes', 'image') as bar:
+            for start in range(0, len(missing), turn):
+                images = missing[start : start + turn]
+                own = [_detect(detector, image, made_with, device) for image in images[rank::world_size]]
+                shares = all_gather_object(own)
+                if is_main_process():
+                    fresh += [shares[number % world_size][number // world_size] for number in range(len(images))]
+                    if time.monotonic() - saved >= _SAVE_EVERY:
+                        _write(path, content, fresh)
+                        saved = time.monotonic()
+                bar.update(len(images))
     finally:
         detector.release()
         if fresh:
             _write(path, content, fresh)
+    barrier()  # the others read what the main process has written
+
+
+def _detect(
+    detector: MMDetDetector, image: dict[str, Any], made_with: dict[str, Any], device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is kept of an image, and of what is found in it."""
+    listed = dict(id=image['img_id'], bytes=_size(image['img_path']))
+    sample = DetDataSample(metainfo={name: image[name] for name in ('img_id', 'img_path')})
+    return listed, _as_coco(detector.detect(sample, device), image, made_with['category_ids'])
+
+
+def _without(content: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
+    """A file's content without some images, whose boxes are found again."""
+    stale = {image['img_id'] for image in images}
+    return {
+        **content,
+        'images': [image for image in content['images'] if image['id'] not in stale],
+        'detections': [found for found in content['detections'] if found['image_id'] not in stale],
+    }
+
+
+def _check_classes(detector: MMDetDetector, dataset: Any) -> None:
+    """Refuse a detector that was trained for other classes than the dataset has.
+
+    Raises:
+        ConfigError: their numbers differ.
+    """
+    known, wanted = detector.num_classes(), len(dataset.metainfo['classes'])
+    if known is not None and known != wanted:
+        raise ConfigError(
+            f'model.detector: knows {known} classes, but {dataset.ann_file} is read with {wanted}, so labels would not '
+            'mean the same; use a detector that was trained for this dataset, or OracleDetector'
+        )
+
+
+def _say_why(path: Path, made_with: dict[str, Any]) -> None:
+    """Say why boxes of this annotation file that are there already are of no use."""
+    names = dict(detector='another detector', annotations='other annotations', classes='other classes')
+    for other in sorted(path.parent.glob(f'{path.name.rpartition("_")[0]}_*.json')):
+        try:
+            content = _read(other)
+        except AssetError:
+            continue
+        reasons = [words for name, words in names.items() if content['made_with'][name] != made_with[name]]
+        theirs, ours = content['made_with']['detector'], made_with['detector']
+        if theirs['weights'] == ours['weights'] and theirs != ours:
+            reasons = ['these weights with another config or threshold']
+        elif theirs['model'] == ours['model'] and theirs != ours:
+            reasons = ['this detector with other weights or another pipeline']
+        if content['format'] != _FORMAT:
+            reasons = ['an older version of this program']
+        print(f'{other}: boxes of {[*reasons, "other images"][0]}; detecting anew', file=sys.stderr)
 
 
 def _check_writable(folder: Path) -> None:
@@ -249,7 +322,7 @@ def _read(path: Path, key: str | None = None) -> dict[str, Any]:
     """Read and check a file; with ``key``, also that it was made for these conditions."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
-        sound = content['format'] == _FORMAT and content['sha256'] == _checksum(content)
+        sound = content['format'] in (_FORMAT, *_OLDER) and content['sha256'] == _checksum(content)
     except FileNotFoundError:
         raise AssetError(f'{path}: no such file of cached boxes; run the detector again') from None
     except (OSError, ValueError, KeyError, TypeError):
@@ -268,7 +341,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def _as_coco(found: InstanceData, image: dict[str, Any], category_ids: list[int]) -> list[dict[str, Any]]:
     """Detections of one image in COCO's results format, best first."""
-    found = PromptOptions(score_thr=_MIN_SCORE, max_boxes=_MAX_BOXES).select(found).cpu()
+    found = PromptOptions(score_thr=0.0, max_boxes=_MAX_BOXES).select(found).cpu()
     if len(found) and int(found.labels.max()) >= len(category_ids):
         raise ConfigError(
             f'model.detector: found class {int(found.labels.max())}, but the dataset has {len(category_ids)} classes; '

@@ -14,8 +14,7 @@ class PromptOptions:
     """The options of the field (``model.test_cfg``).
 
     Args:
-        score_thr: boxes with a lower score are left out; 0.05 is usual for CNN detectors, less for DETR types.
-            Boxes of a detector are kept from 0.01 on.
+        score_thr: boxes with a lower score are left out; 0.05 is usual for CNN detectors, 0 for DETR types.
         max_boxes: the best so many boxes of an image are used; of a detector, 300 are kept.
         use_sam_iou: an instance's score is the detector's score times SAM's predicted IoU, else the detector's.
         multimask: SAM predicts three masks per box and the one of the best predicted IoU is taken, else one.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
@@ -24,12 +23,11 @@ from ptqsam.errors import ConfigError, GateError
 from ptqsam.evaluation.quantization_error import error_from_sums, error_sums
 from ptqsam.modules import QuantOp
 from ptqsam.modules.walk import act_quantizers, original_weights, quantizers
-from ptqsam.progress import progress
 from ptqsam.quantizers import Quantizer
 from ptqsam.quantizers.base import Mode
 from ptqsam.registry import SOLVER_HOOKS
 from ptqsam.report.condition_number import LayerCondition, plot_conditions, summarise, write_conditions
-from ptqsam.solver.calibrate import calibrate_activations, limit_boxes
+from ptqsam.solver.calibrate import calibrate_activations, own_batches
 from ptqsam.solver.rules import Choice
 
 if TYPE_CHECKING:
@@ -333,11 +331,8 @@ def compare_inputs(
         see(path, plain[path].pop(0).flatten(0, -2), x_hat.flatten(0, -2))
 
     passes: tuple[tuple[Mode, Callable[[str, Tensor], None]], ...] = (('off', keep), ('quantize', compare))
-    rng = np.random.default_rng(calibration.seed)
-    batches = islice(loop.calib_loader, images)
-    for batch in progress(batches, 'activation errors', 'image', images or len(loop.calib_loader)):
-        for data_sample in batch['data_samples']:
-            limit_boxes(data_sample, calibration.max_boxes, rng)
+    batches = loop.calib_loader if images is None else list(islice(loop.calib_loader, images))
+    for _, batch in own_batches(batches, calibration.max_boxes, calibration.seed, 'activation errors'):
         for image, boxes in loop.model.sam_inputs(batch):
             for mode, watch in passes:
                 for quantizer in acts:

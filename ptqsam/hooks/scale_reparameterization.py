@@ -22,10 +22,10 @@ from ptqsam.modules import QuantNorm, QuantOp
 from ptqsam.modules.norm_feeds import NormFeed, norm_feeds
 from ptqsam.modules.walk import quantizers_off
 from ptqsam.observers.channels import ChannelStatistics
-from ptqsam.progress import progress
 from ptqsam.quantizers import Uniform
 from ptqsam.registry import OBSERVERS, SOLVER_HOOKS, build_part
 from ptqsam.reparameterization import ChannelGrids, anchored_grids, free_grids, move_ranges
+from ptqsam.solver.calibrate import own_batches
 from ptqsam.solver.rules import Choice
 
 if TYPE_CHECKING:
@@ -176,7 +176,11 @@ class ScaleReparameterization(Hook):
         observers = [self.make_observer(pair.quantizer.bits, pair.quantizer.symmetric) for pair in pairs]
         watched = {pair.op: observer for pair, observer in zip(pairs, observers, strict=True)}
         with quantizers_off(loop.target), watch_inputs(watched):
-            for batch in progress(loop.calib_loader, 'channel ranges', 'image'):
+            calibration = loop.recipe.calibration
+            batches = own_batches(loop.calib_loader, calibration.max_boxes, calibration.seed, 'channel ranges')
+            for number, batch in batches:
+                for observer in observers:
+                    observer.turn = number
                 for image, _ in loop.model.sam_inputs(batch):
                     loop.model.encode(image)
         for observer in observers:

@@ -28,6 +28,8 @@ class Observer(ABC):
         min_val: smallest value seen, 0-dim or (C,), in the dtype of the data. NaN and infinity stay in it.
         max_val: largest value seen, likewise.
         count: tensors seen.
+        turn: number of the next tensor among those that all processes see; what is drawn of a tensor depends on it.
+            Counts by itself from 0.
         sync: name of a statistic -> how ranks are combined; 'cat' concatenates lists.
     """
 
@@ -43,7 +45,7 @@ class Observer(ABC):
         """Forget everything; what follows is the same as with a new observer."""
         self.min_val = torch.tensor(torch.inf)
         self.max_val = torch.tensor(-torch.inf)
-        self.count = 0
+        self.count = self.turn = 0
 
     @property
     def observed(self) -> bool:
@@ -64,6 +66,7 @@ class Observer(ABC):
         self.min_val = torch.minimum(self.min_val.to(lo), lo)
         self.max_val = torch.maximum(self.max_val.to(hi), hi)
         self.count += 1
+        self.turn += 1
 
     @abstractmethod
     def collect(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +114,11 @@ class Observer(ABC):
         return choose_qparams(*self.bounds(), self.bits, self.symmetric)
 
     def synchronize(self) -> None:
-        """Give every rank the statistics of all ranks; does nothing outside a distributed run."""
+        """Give every rank the statistics of all ranks; does nothing outside a distributed run.
+
+        Ranks see consecutive parts of the data, in their order: then everything but sums of floating-point numbers is
+        to the last bit what one process would have collected.
+        """
         if get_world_size() == 1:
             return
         device = self.min_val.device

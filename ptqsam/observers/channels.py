@@ -70,11 +70,12 @@ class ChannelStatistics(Observer):
         norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
         self.squares = self.squares.to(x.device) + norm.double().square()
         self.tokens += len(rows)
+        self.inner.turn = self.turn
         if not isinstance(self.inner, SampleObserver):
             self.inner.update(x)
             return extremes(x, self.ch_axis)
         lo, hi = rows.amin(0), rows.amax(0)
-        self.inner.samples.append(draw_tokens(rows, lo, hi, self.seed + self.count))
+        self.inner.samples.append(draw_tokens(rows, lo, hi, self.seed + self.turn))
         self.inner.count += 1
         return lo, hi
 

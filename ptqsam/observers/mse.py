@@ -38,7 +38,7 @@ class SampleObserver(Observer):
     def collect(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keep a sample of the call."""
         if self.ch_axis is None:
-            sample, lo, hi = draw_sample(x, self.seed + self.count)
+            sample, lo, hi = draw_sample(x, self.seed + self.turn)
         else:
             sample = keep_whole(channel_rows(x, self.ch_axis))
             lo, hi = sample.values.amin(1), sample.values.amax(1)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
+from mmengine.dist import all_gather_object, broadcast_object_list
 from torch import Tensor
 
 from ptqsam.functional import MIN_SCALE, choose_qparams
@@ -61,6 +62,7 @@ class OutputSearch(Observer):
         'hi_sum': 'sum',
         'error_sum': 'sum',
         'rows': 'cat',
+        'width': 'max',
         'weights': 'cat',
     }
 
@@ -78,6 +80,7 @@ class OutputSearch(Observer):
         self.operand: Tensor | None = None
         self.rows: list[Tensor] = []
         self.weights: list[Tensor] = []
+        self.width = 1
         self.lo_sum, self.hi_sum = torch.zeros(()), torch.zeros(())
         self.error_sum = torch.zeros((), dtype=torch.float64)
 
@@ -85,6 +88,15 @@ class OutputSearch(Observer):
         """Give every rank the statistics of all ranks."""
         super().synchronize()
         self.ranges.synchronize()
+        # as many rows of a call as one process would have kept
+        share = self._share(self.count)
+        self.rows = [_first(part, share) for part in self.rows]
+        self.weights = [_first(part, share) for part in self.weights]
+        holders = all_gather_object(self.operand is not None)
+        if any(holders) and not all(holders):
+            operand = [self.operand]
+            broadcast_object_list(operand, holders.index(True))
+            self.operand = operand[0]
 
     def update_product(self, x: Tensor, operand: Tensor | None) -> None:
         """Add a tensor to the statistics.
@@ -98,14 +110,16 @@ class OutputSearch(Observer):
 
     def collect(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keep extremes and rows of the call, and show it to the recipe's observer."""
+        self.ranges.turn = self.turn
         self.ranges.update(x)
         flat = x.reshape(-1, x.shape[-1]) if x.dim() else x.view(1, 1)
         lows, highs = flat.amin(1), flat.amax(1)
         lo, hi = lows.amin(), highs.amax()
         self.lo_sum = self.lo_sum.to(lo.device) + lo.float()
         self.hi_sum = self.hi_sum.to(hi.device) + hi.float()
-        share = max(1, BUDGET // ((self.count + 1) * flat.shape[1]))
-        chosen, weights = draw_rows((highs - lows).double(), share, self.seed + self.count)
+        self.width = flat.shape[1]
+        share = self._share(self.turn + 1)
+        chosen, weights = draw_rows((highs - lows).double(), share, self.seed + self.turn)
         # in random order, so the first of a call are a sample, too
         self.rows = [*(_first(part, share) for part in self.rows), flat[chosen].float()]
         self.weights = [*(_first(part, share) for part in self.weights), weights]
@@ -114,6 +128,10 @@ class OutputSearch(Observer):
                 tables = [published_table(part, self.bits) for part in self._published(self.count + 1)]
                 self.error_sum = self.error_sum.to(x.device) + self._errors(tables, self.rows[-1], weights)
         return lo, hi
+
+    def _share(self, calls: int) -> int:
+        """Rows that are kept of each of so many calls."""
+        return max(1, BUDGET // (max(calls, 1) * self.width))
 
     def choose_bounds(self) -> tuple[Tensor, Tensor]:
         """Those of the recipe's observer."""

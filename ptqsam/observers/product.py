@@ -115,7 +115,7 @@ class ProductSearch(Observer):
     def collect(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Search the best scale of the call for every shape."""
         lo, hi = torch.aminmax(x)
-        rows = draw_rows(x, self.operand, SAMPLE, self.seed + self.count, self.family)
+        rows = draw_rows(x, self.operand, SAMPLE, self.seed + self.turn, self.family)
         scale, error = search_scales(rows, hi.float(), self.family)
         self.scale_sum = self.scale_sum.to(x.device) + scale
         self.error_sum = self.error_sum.to(x.device) + error

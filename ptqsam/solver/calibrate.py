@@ -1,15 +1,17 @@
 """Stage `calibrate`: draw images, let the observers see them, turn statistics into quantization parameters."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptqsam.distributed import own_block
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.modules.walk import act_quantizers, quant_ops
-from ptqsam.progress import progress
+from ptqsam.progress import progress, progress_bar
 from ptqsam.quantizers import Quantizer
 
 
@@ -55,26 +57,54 @@ def limit_boxes(data_sample: Any, max_boxes: int, rng: np.random.Generator) -> N
         data_sample.proposals = data_sample.proposals[torch.from_numpy(keep)]
 
 
-def batches_with_boxes(batches: Iterable[Any], max_boxes: int, seed: int) -> Iterator[Any]:
-    """Data batches with prompt boxes, limited to those that `calibrate_activations` takes.
+def limited_batches(batches: Iterable[Any], max_boxes: int, seed: int) -> Iterator[Any]:
+    """Data batches with the prompt boxes that calibration uses.
 
     Args:
-        batches: see there; those without a box are skipped.
-        max_boxes, seed: see there.
+        batches: data batches of one image each, prompt boxes attached.
+        max_boxes: prompt boxes per image.
+        seed: seed of the choice of boxes.
     """
     rng = np.random.default_rng(seed)
     for batch in batches:
         for data_sample in batch['data_samples']:
             limit_boxes(data_sample, max_boxes, rng)
+        yield batch
+
+
+def batches_with_boxes(batches: Iterable[Any], max_boxes: int, seed: int) -> Iterator[Any]:
+    """`limited_batches` without those that have no box."""
+    for batch in limited_batches(batches, max_boxes, seed):
         if any(len(data_sample.proposals) for data_sample in batch['data_samples']):
             yield batch
 
 
+def own_batches(batches: Collection[Any], max_boxes: int, seed: int, what: str) -> Iterator[tuple[int, Any]]:
+    """This process's share of the `limited_batches`, with a progress bar.
+
+    A process also loads the images before its own, which costs little beside running them: so all draw the same boxes.
+
+    Args:
+        batches, max_boxes, seed: see there.
+        what: the work, for the progress bar.
+
+    Yields:
+        Number of the batch among all, and the batch.
+    """
+    own = own_block(len(batches))
+    with progress_bar(len(own), what, 'image') as bar:
+        for number, batch in enumerate(limited_batches(islice(batches, own.stop), max_boxes, seed)):
+            if number in own:
+                yield number, batch
+                bar.update()
+
+
 @torch.no_grad()
-def calibrate_activations(model: Any, target: nn.Module, batches: Iterable[Any], max_boxes: int, seed: int) -> None:
+def calibrate_activations(model: Any, target: nn.Module, batches: Collection[Any], max_boxes: int, seed: int) -> None:
     """Observe activations of the float model and set the parameters of all activation quantizers.
 
-    Locked quantizers keep theirs and quantize what the others observe.
+    Locked quantizers keep theirs and quantize what the others observe. Of several processes, each runs its share of the
+    images, and all get the statistics of all.
 
     Args:
         model: detector-prompted SAM with `test_step`.
@@ -93,10 +123,9 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Iterable[Any],
         else:
             quantizer.reset()
             quantizer.mode = 'observe'
-    rng = np.random.default_rng(seed)
-    for batch in progress(batches, 'calibrate', 'image'):
-        for data_sample in batch['data_samples']:
-            limit_boxes(data_sample, max_boxes, rng)
+    for number, batch in own_batches(batches, max_boxes, seed, 'calibrate'):
+        for quantizer in quantizers:
+            quantizer.observer.turn = number
         try:
             model.test_step(batch)
         finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from torch.utils.data import SequentialSampler
 
 from ptqsam.config import QuantConfig
 from ptqsam.fileio import fingerprint, sha256_file
@@ -55,7 +56,8 @@ def build_calib_loader(
         dataset=dataset,
         batch_size=1,
         num_workers=num_workers,
-        sampler=dict(type='DefaultSampler', shuffle=False),
+        # all of them in every process; who runs which is decided later
+        sampler=SequentialSampler(dataset),
         collate_fn=dict(type='pseudo_collate'),
     )
     return Runner.build_dataloader(loader)

@@ -187,6 +187,11 @@ def decoder_work(model: Any) -> Work:
     return measure_work(forward)
 
 
+def forward_memory(device: torch.device, weights: int, encoder: Work, decoder: Work) -> int:
+    """Bytes that calibration and evaluation take at most, see `estimate_lines`."""
+    return memory_in_use(device) + weights + OVERHEAD * max(encoder.peak, decoder.peak)
+
+
 def data_lines(model: Any, calibration: Images, evaluation: Images) -> list[str]:
     """Images wanted and available, and what is missing."""
     lines = []
@@ -250,7 +255,7 @@ def estimate_lines(
             `calibration_passes`.
     """
     device = torch.device(get_device())
-    memory = memory_in_use(device) + weights + OVERHEAD * max(encoder.peak, decoder.peak)
+    memory = forward_memory(device, weights, encoder, decoder)
     machine, chunk = measure_machine(device), model.options.chunk_size
     rows: list[tuple[str, ...]] = [('stage', 'images', 'boxes', 'time', 'memory')]
     before = {type(hook).__name__: passes for hook in hooks if (passes := getattr(hook, 'calibration_passes', 0))}

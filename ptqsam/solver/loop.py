@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, get_world_size, is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.registry import LOOPS
 from mmengine.runner import Runner, TestLoop
@@ -26,6 +26,7 @@ from ptqsam.checkpoint import (
     structure,
 )
 from ptqsam.config import parse_quant_config
+from ptqsam.distributed import decided_by_main
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
 from ptqsam.fileio import fingerprint, write_json
@@ -41,6 +42,7 @@ from ptqsam.solver.options import RunOptions
 from ptqsam.solver.prepare import check_hooks, quantize_model
 from ptqsam.solver.reconstruct import ReconstructionStage, check_reconstruction
 from ptqsam.solver.rules import RuleBook
+from ptqsam.solver.share import share_model
 
 # images on which the error of the activation quantizers is measured
 ERROR_IMAGES = 2
@@ -98,6 +100,8 @@ class PTQLoop(TestLoop):
         if self.options.limit is not None and self.options.limit < len(dataset):
             dataset.get_subset_(self.options.limit)
         super().__init__(runner, dict(dataloader, dataset=dataset), evaluator)
+        for metric in self.evaluator.metrics:
+            metric.collect_device = 'gpu'  # through the process group, whatever it runs on, not through a shared folder
         self.recipe = parse_quant_config(recipe, 'test_cfg.recipe')
         self.calib_dataset = calib_dataset
         self.rules = RuleBook(self.recipe)
@@ -170,7 +174,7 @@ class PTQLoop(TestLoop):
             else:
                 check_gate(self.target, self.rules.enabled)
             if ready is None:
-                self.pack(origin)
+                decided_by_main(lambda: self.pack(origin))
             self.metrics['quant'] = self.evaluate('quant')
         with self.stage('report'):
             self.report()
@@ -200,7 +204,7 @@ class PTQLoop(TestLoop):
                 self.calib_dataset, self.recipe, self.evaluated_split, self.dataloader.num_workers, self.runner.logger
             )
             origin = self.origin()
-            ready = self.find_resumable(origin)
+            ready = decided_by_main(lambda: self.find_resumable(origin))
         if is_main_process():
             # what an earlier run left must not look like the result of this one
             made_here = ready is not None and ready.resolve() == (self.work_dir / 'packed').resolve()
@@ -287,33 +291,44 @@ class PTQLoop(TestLoop):
                 'observers would see an image in pieces; make the two equal'
             )
         stage = ReconstructionStage(self.recipe, self.work_dir / 'reconstruction', origin)
-        if self.recipe.reconstruction is not None and self.options.resume and stage.load_calibrated(self.target):
-            return
-        calibrate_activations(self.model, self.target, self.calib_loader, calibration.max_boxes, calibration.seed)
-        calibrate_weights(self.target)
-        if self.recipe.reconstruction is not None and is_main_process():
-            stage.clear()
-            stage.save_calibrated(self.target)
+        reconstructed = self.recipe.reconstruction is not None
+        resumed = reconstructed and self.options.resume and decided_by_main(lambda: stage.load_calibrated(self.target))
+        if not resumed:
+            calibrate_activations(self.model, self.target, self.calib_loader, calibration.max_boxes, calibration.seed)
+            calibrate_weights(self.target)
+            if reconstructed and is_main_process():
+                stage.clear()
+                stage.save_calibrated(self.target)
+        share_model(self.target)
 
     def reconstruct(self, origin: dict[str, Any]) -> None:
         """Learn the rounding of weights and the scales of activations, unit by unit.
+
+        Units follow one another, so the main process learns, and the others wait for the result.
 
         Args:
             origin: what the result depends on.
         """
         stage = ReconstructionStage(self.recipe, self.work_dir / 'reconstruction', origin)
-        engine = stage.run(self.model, self.target, self.calib_loader, self.runner.call_hook)
-        self.errors |= engine.errors
-        self.outcomes = engine.outcomes
-        if is_main_process():
+
+        def learn() -> None:
+            engine = stage.run(self.model, self.target, self.calib_loader, self.runner.call_hook)
+            self.errors |= engine.errors
+            self.outcomes = engine.outcomes
             write_outcomes(self.work_dir / 'reconstruction.csv', self.outcomes)
             plot_outcomes(self.work_dir / 'reconstruction.png', self.outcomes)
 
+        decided_by_main(learn)
+        share_model(self.target)
+
     def pack(self, origin: dict[str, Any]) -> None:
-        """Measure the error of the activation quantizers, and write the packed checkpoint of an honest model."""
+        """Measure the error of the activation quantizers, and write the packed checkpoint of an honest model.
+
+        One process does.
+        """
         batches = islice(self.calib_loader, ERROR_IMAGES)
         self.errors |= measure_quantization_error(self.model, self.target, batches)
-        if is_main_process() and not self.recipe.compat.active:
+        if not self.recipe.compat.active:
             errors = {path: error.plain() for path, error in self.errors.items()}
             size = save_packed(
                 self.work_dir / 'packed', self.target, self.float_structure, self.recipe.plain(), origin, errors
@@ -329,10 +344,9 @@ class PTQLoop(TestLoop):
             evaluator=fingerprint(config.test_evaluator),
             data=data_identity(self.dataloader.dataset, config.test_dataloader.dataset),
         )
-        if self.options.resume and self.gallery is None and path.is_file():
-            earlier = json.loads(path.read_text(encoding='utf-8'))
-            if earlier['conditions'] == conditions:
-                return earlier['metrics']
+        earlier = decided_by_main(lambda: json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None)
+        if self.options.resume and self.gallery is None and earlier and earlier['conditions'] == conditions:
+            return earlier['metrics']
         metrics = self.evaluate('fp')
         if is_main_process():
             write_json(path, dict(conditions=conditions, metrics=metrics))
@@ -370,12 +384,13 @@ class PTQLoop(TestLoop):
             metrics=dict(self.metrics),
             size_mb=dict(self.size_mb),
             seconds=dict(self.seconds),
-            peak_memory_mb=peak_memory_mb(),
+            peak_memory_mb=max(all_gather_object(peak_memory_mb())),
             compat=self.recipe.compat.active,
             violations=len(self.violations),
             seed=options.seed,
             images=len(self.dataloader.dataset),
             work_dir=str(self.work_dir),
+            processes=get_world_size(),
         )
         if is_main_process():
             write_json(self.work_dir / 'result.json', self.result)

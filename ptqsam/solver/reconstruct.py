@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_world_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -135,7 +134,7 @@ def check_reconstruction(recipe: QuantConfig) -> None:
         recipe: checked recipe, with or without `reconstruction`.
 
     Raises:
-        ConfigError: the loss cannot be built or does not suit the units, or there are several processes.
+        ConfigError: the loss cannot be built or does not suit the units.
     """
     if recipe.reconstruction is None:
         return
@@ -148,8 +147,6 @@ def check_reconstruction(recipe: QuantConfig) -> None:
                 f'the {part} is {settings.unit}; set reconstruction.unit (or reconstruction.{part}.unit) to block or '
                 f'stage, or reconstruction.{part}.loss.type=SquaredError'
             )
-    if get_world_size() > 1:
-        raise ConfigError('reconstruction: runs in one process so far; leave out --launcher')
 
 
 def draw_samples(model: Any, batches: Iterable[Any], recipe: QuantConfig) -> list[Sample]:

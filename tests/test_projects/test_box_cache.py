@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from projects.instance_segment_anything import CheckedCocoDataset, cached_boxes, load_boxes
-from projects.instance_segment_anything.box_cache import CachedBoxes, known_boxes
+from projects.instance_segment_anything.box_cache import CachedBoxes, _checksum, known_boxes
 from ptqsam.errors import AssetError, ConfigError
+from tests.processes import finish_processes, start_processes
 from tests.test_projects.helpers import instances, make_model, make_sample, random_boxes
 
 CPU = torch.device('cpu')
@@ -23,9 +24,13 @@ class CountingDetector:
         self.seen = []
         self.stop_at = None
         self.held = False
+        self.model, self.classes = 'm', None
 
     def identity(self):
-        return dict(name=self.name)
+        return dict(model=self.model, pipeline=[], weights=self.name)
+
+    def num_classes(self):
+        return self.classes
 
     def detect(self, data_sample, device):
         if data_sample.img_id == self.stop_at:
@@ -44,6 +49,11 @@ class CountingDetector:
 @pytest.fixture
 def dataset(tmp_path):
     """Five images, one object each."""
+    write_annotations(tmp_path / 'instances_val.json')
+    return open_dataset(tmp_path)
+
+
+def write_annotations(path):
     content = dict(
         images=[dict(id=i, file_name=f'{i}.png', height=480, width=640) for i in range(1, 6)],
         annotations=[
@@ -60,9 +70,12 @@ def dataset(tmp_path):
         ],
         categories=[dict(id=key, name=name) for key, name in CATEGORIES.items()],
     )
-    (tmp_path / 'instances_val.json').write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
+
+
+def open_dataset(folder):
     return CheckedCocoDataset(
-        data_root=str(tmp_path),
+        data_root=str(folder),
         ann_file='instances_val.json',
         data_prefix=dict(img=''),
         metainfo=dict(classes=tuple(CATEGORIES.values())),
@@ -82,7 +95,6 @@ def test_boxes_come_back_exactly_and_are_computed_once(dataset, tmp_path):
     for image in range(1, 6):
         expected = CountingDetector().detect(make_sample(img_id=image), CPU)
         expected = expected[expected.scores.argsort(descending=True)]
-        expected = expected[expected.scores >= 0.01]
         found = cached.detect(make_sample(img_id=image), CPU)
         for key in ('bboxes', 'scores', 'labels'):
             assert torch.equal(found[key], expected[key])
@@ -112,14 +124,14 @@ def test_a_subset_is_extended_not_mistaken_for_the_whole(dataset, tmp_path):
     assert all((extended[image][0] == whole[image][0]).all() for image in range(1, 6))
 
 
-def test_low_scores_and_very_many_boxes_are_not_stored(dataset, tmp_path):
+def test_low_scores_are_stored_and_very_many_boxes_are_not(dataset, tmp_path):
     path = cached_boxes(CountingDetector(count=1000), dataset, tmp_path, CPU)
     scores = load_boxes(path)[1][1]
     assert len(scores) == 300
     path = cached_boxes(CountingDetector('b', count=200), dataset, tmp_path, CPU)
     scores = load_boxes(path)[3][1]
-    assert 190 <= len(scores) < 200
-    assert scores.min() >= 0.01
+    assert len(scores) == 200
+    assert scores.min() < 0.01
 
 
 def test_other_detector_or_annotations_have_another_file(dataset, tmp_path):
@@ -175,6 +187,73 @@ def test_missing_file_and_missing_image(dataset, tmp_path):
     path = cached_boxes(CountingDetector(), dataset.get_subset([0]), tmp_path, CPU)
     with pytest.raises(AssetError, match='no boxes of image 4'):
         CachedBoxes(path).detect(make_sample(img_id=4), CPU)
+
+
+def test_boxes_that_are_of_no_use_are_named(dataset, tmp_path, capsys):
+    first = cached_boxes(CountingDetector('a'), dataset, tmp_path, CPU)
+    assert capsys.readouterr().err.count(str(first)) == 0
+    cached_boxes(CountingDetector('b'), dataset, tmp_path, CPU)
+    assert f'{first}: boxes of this detector with other weights or another pipeline; detecting anew' in (
+        capsys.readouterr().err
+    )
+    detector = CountingDetector('a')
+    detector.model = 'm with another threshold'
+    cached_boxes(detector, dataset, tmp_path, CPU)
+    assert (
+        f'{first}: boxes of these weights with another config or threshold; detecting anew' in capsys.readouterr().err
+    )
+    detector = CountingDetector('c')
+    detector.model = 'another'
+    cached_boxes(detector, dataset, tmp_path, CPU)
+    assert f'{first}: boxes of another detector; detecting anew' in capsys.readouterr().err
+    # what is there is used, and nothing is said
+    cached_boxes(CountingDetector('a'), dataset, tmp_path, CPU)
+    assert 'anew' not in capsys.readouterr().err
+
+
+def test_boxes_of_an_older_version_are_found_anew(dataset, tmp_path, capsys):
+    path = cached_boxes(CountingDetector(), dataset, tmp_path, CPU)
+    content = json.loads(path.read_text())
+    content['format'] = 'ptqsam boxes 2'
+    content['sha256'] = _checksum(content)
+    path.write_text(json.dumps(content))
+    assert known_boxes(CountingDetector(), dataset, tmp_path) is None
+    detector = CountingDetector()
+    assert cached_boxes(detector, dataset, tmp_path, CPU) == path
+    assert detector.seen == [1, 2, 3, 4, 5]
+    assert f'{path}: boxes of an older version of this program; detecting anew' in capsys.readouterr().err
+
+
+def test_detector_for_other_classes(dataset, tmp_path):
+    detector = CountingDetector()
+    detector.classes = 80
+    with pytest.raises(ConfigError, match=r'knows 80 classes, but .* is read with 2'):
+        cached_boxes(detector, dataset, tmp_path, CPU)
+    assert detector.seen == []
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from projects.instance_segment_anything import cached_boxes, box_cache
+from ptqsam.launch import together
+from tests.test_projects.test_box_cache import CPU, CountingDetector, open_dataset
+
+box_cache._IMAGES_PER_TURN = 1
+detector = CountingDetector()
+with together('pytorch'):
+    print(cached_boxes(detector, open_dataset(Path(sys.argv[1])), Path(sys.argv[1]) / 'two', CPU), detector.seen)
+"""
+
+
+def test_two_processes_write_the_file_of_one(dataset, tmp_path):
+    (tmp_path / 'process.py').write_text(PROCESS)
+    one = cached_boxes(CountingDetector(), dataset, tmp_path / 'one', CPU)
+    results = finish_processes(start_processes(2, tmp_path, cwd=tmp_path, program=tmp_path / 'process.py'))
+    assert [code for code, _, _ in results] == [0, 0], results
+    (two,) = (tmp_path / 'two').iterdir()
+    assert [out for _, out, _ in results] == [f'{two} [1, 3, 5]\n', f'{two} [2, 4]\n']
+    assert two.read_bytes() == one.read_bytes()
 
 
 def test_detector_with_more_classes_than_the_dataset(dataset, tmp_path):
@@ -241,7 +320,7 @@ def test_an_image_of_another_size_is_looked_at_again(dataset, tmp_path):
     assert detector.seen == [3]
     boxes = load_boxes(path)
     expected = detector.detect(make_sample(img_id=3), CPU)
-    assert len(boxes[3][0]) == (expected.scores >= 0.01).sum() > 5 >= len(boxes[4][0])
+    assert len(boxes[3][0]) == len(expected) > 5 >= len(boxes[4][0])
     assert known_boxes(CountingDetector(), dataset, tmp_path / 'cache').keys() == boxes.keys()
     (tmp_path / '3.png').write_bytes(bytes(102))
     assert known_boxes(CountingDetector(), dataset, tmp_path / 'cache') is None
@@ -275,15 +354,12 @@ def test_unwritable_folder_is_found_before_the_detector_runs(dataset, tmp_path):
     assert detector.seen == []
 
 
-@pytest.mark.parametrize(
-    ('options', 'says'), [(dict(score_thr=0.005), '0.01 or more'), (dict(max_boxes=301), '300 or less')]
-)
-def test_options_beyond_what_is_kept(options, says, dataset, tmp_path):
-    model = make_model(**options)
+def test_options_beyond_what_is_kept(dataset, tmp_path):
+    model = make_model(max_boxes=301)
     model.detector = CountingDetector()
     model.detector.from_annotations = False
     for use in (model.attach_boxes, model.count_boxes):
-        with pytest.raises(ConfigError, match=f'{next(iter(options))}=.*{says}'):
+        with pytest.raises(ConfigError, match=r'max_boxes=.*300 or less'):
             use(dataset, tmp_path)
     assert model.detector.seen == []
 
