@@ -6,12 +6,15 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from mmengine.dist import is_main_process
+from mmengine.logging import MMLogger
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -22,6 +25,8 @@ _ZIP_START = b'PK\x03\x04'
 _LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # what torch wrote before 1.6
 _LFS_START = b'version https://git-lfs.github.com/spec/'
 _MARKUP = re.compile(rb'\s*<(!doctype|html|\?xml|head|body)', re.IGNORECASE)
+_WRAPPER = 'module.'  # DataParallel and weight averages put the model into a child of this name
+_AVERAGE_COUNTERS = ('n_averaged', 'steps')  # beside that child, of torch and of mmengine
 # beginnings of what torch itself allows; only to tell it from the rest in a message
 _TORCH_ALLOWS = ('torch.', 'collections.', '_codecs.', 'builtins.set', 'builtins.bytearray', 'builtins.complex')
 
@@ -29,8 +34,9 @@ _TORCH_ALLOWS = ('torch.', 'collections.', '_codecs.', 'builtins.set', 'builtins
 class _Discarded:
     """Stands in for the objects of a checkpoint's log and metadata, of which nothing is kept.
 
-    OpenMMLab checkpoints hold training logs (HistoryBuffer over numpy arrays). Letting these inert objects take their
-    place runs neither mmengine's nor numpy's unpickling code, and one list serves numpy 1 and 2.
+    OpenMMLab checkpoints hold training logs (numpy scalars, HistoryBuffer over numpy arrays), DETR's family the options
+    of the training script (Namespace). Letting these inert objects take their place runs neither mmengine's nor numpy's
+    unpickling code, and one list serves numpy 1 and 2.
     """
 
     def __new__(cls, *args: object, **kwargs: object) -> '_Discarded':
@@ -48,6 +54,7 @@ def _discarded_attribute(owner: object, name: str) -> _Discarded:
 
 
 _ALLOWED: dict[str, Callable] = {
+    'argparse.Namespace': _Discarded,
     'builtins.getattr': _discarded_attribute,
     'mmengine.logging.history_buffer.HistoryBuffer': _Discarded,
     'numpy.dtype': _Discarded,
@@ -64,15 +71,30 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read the state dict of a checkpoint without running anything that the file contains.
 
     Args:
-        path: a file written by ``torch.save`` (today's or the format before torch 1.6) or a ``.safetensors`` file. A
-            state dict inside an entry ``state_dict`` or ``model`` is unwrapped; everything around it is dropped.
+        path: see ``read_checkpoint``. A state dict inside an entry ``state_dict`` or ``model`` is unwrapped; everything
+            around it is dropped. A prefix ``module.`` of all names is taken off, which the user is told.
 
     Returns:
         Tensors on the CPU by name, with the module versions (``_metadata``) that the file holds. They may be backed by
         the file itself, which must not be overwritten in place while they are in use.
 
     Raises:
-        AssetError: missing, empty, truncated, not a checkpoint, asks for code to be run, or holds no state dict.
+        AssetError: see ``read_checkpoint``; or the file holds no state dict.
+    """
+    return find_state_dict(read_checkpoint(path), path)
+
+
+def read_checkpoint(path: str | os.PathLike) -> Any:
+    """Read all of a checkpoint without running anything that the file contains.
+
+    Args:
+        path: a file written by ``torch.save`` (today's or the format before torch 1.6) or a ``.safetensors`` file.
+
+    Returns:
+        Tensors on the CPU and plain containers; inert objects where the file holds logs and options.
+
+    Raises:
+        AssetError: missing, empty, truncated, not a checkpoint, or asks for code to be run.
     """
     path = Path(path)
     try:
@@ -89,8 +111,61 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     if _MARKUP.match(start):
         raise AssetError(f'{path}: a web page saved under the name of a checkpoint; {_how_to_get(path)}')
     # a header length and JSON: the content counts, not the suffix
-    content = _load_safetensors(path) if start[8:9] == b'{' else _load_torch(path, start)
-    return _state_dict(content, path)
+    return _load_safetensors(path) if start[8:9] == b'{' else _load_torch(path, start)
+
+
+def find_state_dict(
+    content: Any, path: str | os.PathLike, entries: Sequence[str] = ('state_dict', 'model')
+) -> dict[str, Tensor]:
+    """The state dict in what ``read_checkpoint`` returned: tensors by name and nothing else.
+
+    Args:
+        content: a state dict, or a dict that holds one.
+        path: where it comes from, for messages.
+        entries: where it may lie, outermost first; each is gone into where it is there.
+
+    Returns:
+        Tensors by name, without a prefix ``module.`` that all of them have.
+
+    Raises:
+        AssetError: there is none, or something in it is no tensor.
+    """
+    for key in entries:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        kind = type(content).__name__
+        keys = ', '.join(map(str, list(content)[:5])) if isinstance(content, dict) else ''
+        found = f'a dict of {keys or "nothing"}' if isinstance(content, dict) else f'a {kind}'
+        places = ' or '.join(f"'{key}'" for key in entries)
+        raise AssetError(f'{path}: holds no state dict, neither bare nor under {places}, but {found}')
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise AssetError(f"{path}: entry '{name}' of the state dict is no tensor but a {type(value).__name__}")
+    return _unwrapped(content, path)
+
+
+def tell(message: str) -> None:
+    """Tell the user one line about a file, once for all processes: on the console and in the log of a run."""
+    if is_main_process():
+        MMLogger.get_current_instance().warning(message)
+
+
+class Misfits(NamedTuple):
+    """What of a state dict and of a module did not meet, as names; ``shapes`` with both shapes."""
+
+    missing: list[str]
+    unexpected: list[str]
+    shapes: list[str]
+
+    def __str__(self) -> str:
+        """In one line, at most three of each."""
+        parts = (
+            _listed(self.missing, 'missing'),
+            _listed(self.unexpected, 'unexpected'),
+            _listed(self.shapes, 'of another shape'),
+        )
+        return '; '.join(part for part in parts if part)
 
 
 def load_state_dict_strict(
@@ -111,6 +186,24 @@ def load_state_dict_strict(
 
     Raises:
         AssetError: names are missing, left over or have another shape; at most three of each are listed.
+    """
+    misfits = load_state_dict(module, state, source, ignore)
+    if any(misfits):
+        advice = hint(state) if hint else None
+        raise AssetError(f'{source}: does not fit {type(module).__name__}: {misfits}{f"; {advice}" if advice else ""}')
+
+
+def load_state_dict(module: nn.Module, state: dict[str, Tensor], source: str, ignore: Iterable[str] = ()) -> Misfits:
+    """Load what fits into a module and leave it to the caller to judge the rest.
+
+    Args:
+        module, state, source, ignore: as for ``load_state_dict_strict``.
+
+    Returns:
+        What did not fit.
+
+    Raises:
+        AssetError: the module cannot take the state dict for another reason than names and shapes.
     """
     wanted = module.state_dict()
     try:
@@ -133,15 +226,7 @@ def load_state_dict_strict(
     def counted(names: Iterable[str]) -> list[str]:
         return [name for name in names if not any(pattern.search(name) for pattern in patterns)]
 
-    parts = [
-        _listed(counted(missing), 'missing'),
-        _listed(counted(unexpected), 'unexpected'),
-        _listed(shapes, 'of another shape'),
-    ]
-    if any(parts):
-        advice = hint(state) if hint else None
-        text = '; '.join(part for part in parts if part)
-        raise AssetError(f'{source}: does not fit {type(module).__name__}: {text}{f"; {advice}" if advice else ""}')
+    return Misfits(counted(missing), counted(unexpected), shapes)
 
 
 def _listed(names: list[str], what: str) -> str:
@@ -239,20 +324,17 @@ def _first_foreign(file: Any) -> str | None:
     return None
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """Unwrap the state dict and insist that it holds tensors by name and nothing else."""
-    for key in ('state_dict', 'model'):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        kind = type(content).__name__
-        keys = ', '.join(map(str, list(content)[:5])) if isinstance(content, dict) else ''
-        found = f'a dict of {keys or "nothing"}' if isinstance(content, dict) else f'a {kind}'
-        raise AssetError(f"{path}: holds no state dict, neither bare nor under 'state_dict' or 'model', but {found}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise AssetError(f"{path}: entry '{name}' of the state dict is no tensor but a {type(value).__name__}")
-    return content
+def _unwrapped(state: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+    """Take the prefix ``module.`` off where all names have it."""
+    others = [name for name in state if not name.startswith(_WRAPPER)]
+    if len(others) == len(state) or not set(others) <= set(_AVERAGE_COUNTERS):
+        return state
+    tell(f"{path}: names begin with '{_WRAPPER}', as a parallel model saves them; read without it")
+    inner: Any = OrderedDict((name[len(_WRAPPER) :], state[name]) for name in state if name not in others)
+    versions = getattr(state, '_metadata', {})
+    # the module's own entry is called 'module', without a point
+    inner._metadata = {f'{name}.'[len(_WRAPPER) : -1]: value for name, value in versions.items() if name}
+    return inner
 
 
 def _how_to_get(path: Path) -> str:

@@ -1,6 +1,8 @@
 """What all tests share: the environment they run in, and the real weights and images where those exist."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,20 @@ def assets() -> Path:
     if not (folder / 'ckpt').is_dir() or not (folder / 'data').is_dir():
         pytest.skip(f'no real weights and images in {folder}; PTQSAM_ASSETS names a folder with ckpt/ and data/')
     return folder
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """Warnings that a user sees on the console and in the log of a run, as they come."""
+    from mmengine.logging import MMLogger
+
+    lines: list[str] = []
+    handler = logging.Handler('WARNING')
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = MMLogger.get_current_instance()
+    logger.handlers.append(handler)
+    yield lines
+    logger.handlers.remove(handler)
 
 
 @pytest.fixture(scope='session')

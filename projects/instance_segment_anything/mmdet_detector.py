@@ -16,20 +16,19 @@ from mmengine.structures import InstanceData
 
 from ptqsam.errors import ConfigError
 from ptqsam.fileio import sha256_file
-from ptqsam.weights import load_state_dict_strict, load_weights
+from ptqsam.weights import load_weights
 
 from .checks import build_checked
-
-# weight averages that some training hooks leave in a checkpoint beside the weights
-_NOT_WEIGHTS = (r'^ema_',)
+from .detector_weights import load_detector_weights
 
 
 class MMDetDetector:
     """An mmdet detector with its own checkpoint and its own image pipeline.
 
     Args:
-        config: an mmdet config by name ('mmdet::yolox/yolox_l_8xb8-300e_coco.py') or path, or a model config dict.
-        checkpoint: weights in mmdet 3.x names.
+        config: a config by name ('mmdet::yolox/yolox_l_8xb8-300e_coco.py', 'projects.hdetr::hdetr_r50_coco.py') or by
+            path, or a model config dict.
+        checkpoint: weights in mmdet's names, or those that the detector's ``from_official`` knows.
         pipeline: test pipeline of the detector; the one of the config when that is a name or path.
     """
 
@@ -50,11 +49,28 @@ class MMDetDetector:
         self.pipeline = pipeline
         self._model: torch.nn.Module | None = None
         self._transforms: Compose | None = None
+        self._device: torch.device | None = None
+        self._hashes: dict[tuple[str, int, int], str] = {}
 
     def identity(self) -> dict[str, Any]:
         """What the boxes depend on: the resolved model config and pipeline, and the sha256 of the weights."""
         model, pipeline = self.resolve()
-        return {'model': model, 'pipeline': pipeline, 'weights': sha256_file(self._checkpoint())}
+        return {'model': model, 'pipeline': pipeline, 'weights': self._hash()}
+
+    def num_classes(self) -> int | None:
+        """How many classes the detector tells apart; None where its config does not say.
+
+        Raises:
+            ConfigError: see ``resolve``.
+        """
+        model, _ = self.resolve()
+        for part in (model, model.get('roi_head')):
+            head = part.get('bbox_head') if isinstance(part, Mapping) else None
+            # a cascade has one head per stage; the last one decides
+            head = head[-1] if isinstance(head, list | tuple) and head else head
+            if isinstance(head, Mapping) and isinstance(head.get('num_classes'), int):
+                return head['num_classes']
+        return None
 
     def resolve(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Read the model config and the pipeline, whichever way they were given.
@@ -97,7 +113,9 @@ class MMDetDetector:
         """
         if self._model is None:
             self._build()
-        self._model.to(device)
+        if self._device != device:
+            self._model.to(device)
+            self._device = device
         with DefaultScope.overwrite_default_scope('mmdet'), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # mmdet 3.3 makes calls that torch has deprecated since
             data = self._transforms(dict(img_path=data_sample.img_path, img_id=data_sample.img_id))
@@ -106,21 +124,24 @@ class MMDetDetector:
 
     def release(self) -> None:
         """Give the detector's memory back; the next ``detect`` builds it again."""
-        self._model = self._transforms = None
+        self._model = self._transforms = self._device = None
 
     def _build(self) -> None:
         config, pipeline = self.resolve()
         with DefaultScope.overwrite_default_scope('mmdet'):
             model = build_checked('model.detector', MODELS, ConfigDict(config))
             steps = [build_checked('model.detector_pipeline', TRANSFORMS, step) for step in pipeline]
-        load_state_dict_strict(
-            model,
-            load_weights(self._checkpoint()),
-            source=str(self.checkpoint),
-            ignore=_NOT_WEIGHTS,
-            hint=lambda _: 'model.detector_checkpoint must hold weights of model.detector',
-        )
+        load_detector_weights(model, self._checkpoint())
         self._model, self._transforms = model.eval(), Compose(steps)
+
+    def _hash(self) -> str:
+        """Sha256 of the checkpoint; read again only when the file has changed, for it may have gigabytes."""
+        path = self._checkpoint()
+        status = Path(path).stat()
+        key = (path, status.st_size, status.st_mtime_ns)
+        if key not in self._hashes:
+            self._hashes = {key: sha256_file(path)}
+        return self._hashes[key]
 
     def _checkpoint(self) -> str:
         if self.checkpoint is None:
@@ -131,17 +152,20 @@ class MMDetDetector:
 
 
 def _read_config(name: str) -> Config:
-    """Read a config file, or 'PACKAGE::FOLDER/NAME.py' of those that OpenMMLab packages carry in their folder .mim."""
+    """Read a config file, or 'PACKAGE::PATH' of those in a package: OpenMMLab's folder .mim/configs, else configs."""
     try:
         package, _, path = name.rpartition('::')
         if package:
-            path = str(Path(importlib.import_module(package).__file__).parent / '.mim/configs' / path)
+            # importing it also registers the classes that its configs name
+            root = Path(importlib.import_module(package).__file__).parent
+            places = [root / folder / path for folder in ('.mim/configs', 'configs')]
+            path = str(next((place for place in places if place.is_file()), places[-1]))
         return Config.fromfile(path)
-    except (OSError, KeyError, ValueError, ImportError, SyntaxError) as error:
+    except (OSError, KeyError, ValueError, TypeError, ImportError, SyntaxError) as error:
         reason = ' '.join(str(error).split())
         raise ConfigError(
             f"model.detector='{name}': cannot read this config ({reason}); "
-            "write 'mmdet::FOLDER/NAME.py' or the path of a config file"
+            "write 'mmdet::FOLDER/NAME.py', 'projects.NAME::FILE.py' or the path of a config file"
         ) from None
 
 

@@ -1,10 +1,14 @@
 """What tests of the projects build from: a tiny SAM, its data preprocessor, data samples."""
 
 import torch
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 
 from projects.instance_segment_anything import DetectorPromptedSAM
+from projects.instance_segment_anything.mmdet_detector import MMDetDetector
 from tests.tiny import ARCH
 
 PREPROCESSOR = dict(
@@ -45,3 +49,11 @@ def make_sample(proposals=None, **metainfo):
     if proposals is not None:
         sample.proposals = proposals
     return sample
+
+
+def detector_on_meta(name, **backbone):
+    """A detector by the name of its config, with changed settings of its backbone, without memory for its weights."""
+    config = MMDetDetector(name).resolve()[0]
+    config['backbone'].update(backbone)
+    with DefaultScope.overwrite_default_scope('mmdet'), torch.device('meta'):
+        return MODELS.build(ConfigDict(config)).eval()

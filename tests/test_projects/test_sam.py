@@ -144,6 +144,33 @@ def test_wrong_size_says_which_sam_the_file_fits(file_arch, model_arch, says, tm
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ('file_arch', 'model_arch'), [('vit_b', 'vit_l'), ('vit_l', 'vit_h'), ('vit_h', 'vit_b'), ('mobile', 'vit_b')]
+)
+def test_official_file_of_another_size(file_arch, model_arch, tmp_path):
+    official = as_official if file_arch == 'mobile' else dict
+    # the right names and shapes, but values that share one number: the file is small
+    state = {key: torch.zeros(()).expand(value.shape) for key, value in on_meta(file_arch).state_dict().items()}
+    torch.save(official(state), tmp_path / 'sam.pth')
+    with pytest.raises(AssetError) as error:
+        on_meta(model_arch).load_checkpoint(str(tmp_path / 'sam.pth'))
+    assert str(error.value) == (
+        f"{tmp_path / 'sam.pth'}: holds SAM '{file_arch}', but the model is SAM '{model_arch}'; "
+        'give the file of that size, or change model.sam.arch'
+    )
+
+
+@pytest.mark.parametrize('arch', [VIT, TINY_VIT])
+def test_prefix_of_a_parallel_model_is_taken_off_and_told(arch, tmp_path, told):
+    state = SegmentAnything(arch, image_size=64).state_dict()
+    torch.save({f'module.{key}': value for key, value in state.items()}, tmp_path / 'sam.pth')
+    model = SegmentAnything(arch, image_size=64)
+    model.load_checkpoint(str(tmp_path / 'sam.pth'))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    (line,) = told
+    assert line.startswith(f'{tmp_path / "sam.pth"}: ') and "begin with 'module.'" in line
+
+
 def test_checkpoint_of_something_else(tmp_path):
     torch.save({'backbone.weight': torch.zeros(1)}, tmp_path / 'resnet.pth')
     with pytest.raises(AssetError, match='holds no SAM weights'):

@@ -174,8 +174,8 @@ def test_mistake_in_the_model_config(line, says, tiny, tmp_path, monkeypatch, ca
 
 
 def test_options_beyond_what_the_cache_keeps(detected, tiny, no_detector, capsys):
-    code, _, errors = run(capsys, detected, tiny / 'recipe.yaml', '--cfg-options', 'model.test_cfg.score_thr=0')
-    assert code == 2 and 'use 0.01 or more' in errors[0]
+    code, _, errors = run(capsys, detected, tiny / 'recipe.yaml', '--cfg-options', 'model.test_cfg.max_boxes=301')
+    assert code == 2 and 'use 300 or less' in errors[0]
 
 
 def test_empty_annotation_file(tiny, scenes, tmp_path, monkeypatch, capsys):

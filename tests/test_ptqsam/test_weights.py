@@ -1,5 +1,6 @@
 """Checkpoints of every kind that people hand over: good, old, odd, broken, hostile."""
 
+import argparse
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from torch import nn
 
 from ptqsam import weights
 from ptqsam.errors import AssetError
-from ptqsam.weights import load_state_dict_strict, load_weights
+from ptqsam.weights import load_weights, read_checkpoint
 from tests.tiny import ROOT
 
 HOSTILE_FILE_WAS_EXECUTED = 'executed'
@@ -151,6 +152,23 @@ def test_getattr_is_allowed_for_logs_only(state, tmp_path) -> None:
     assert "'builtins.getattr'" in _refusal(path)
 
 
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'before torch 1.6'])
+def test_options_of_a_training_script(state, tmp_path, zipped) -> None:
+    path = tmp_path / 'a.pth'
+    args = argparse.Namespace(lr=2e-4, stages=[1, 2], device=torch.device('cpu'), inner=argparse.Namespace(a=None))
+    torch.save({'model': state, 'epoch': 35, 'args': args}, path, _use_new_zipfile_serialization=zipped)
+    assert _same(load_weights(path), state)
+    kept = read_checkpoint(path)['args']
+    assert type(kept) is not argparse.Namespace and not vars(kept), 'nothing of it is kept'
+
+
+@pytest.mark.parametrize('foreign', [_Hostile(Path('nowhere')), Path('a'), _Getattr()], ids=['code', 'path', 'getattr'])
+def test_options_with_foreign_objects(state, tmp_path, foreign) -> None:
+    args = argparse.Namespace(lr=1, output_dir=argparse.Namespace(inner=[foreign]))
+    torch.save({'model': state, 'args': args}, tmp_path / 'a.pth')
+    assert 'it was not executed' in _refusal(tmp_path / 'a.pth')
+
+
 def test_stand_ins_do_not_pass_for_tensors(state, tmp_path) -> None:
     path = tmp_path / 'a.pth'
     torch.save({**state, 'gain': np.ones(3)}, path)
@@ -279,71 +297,3 @@ def test_real_checkpoints(name, assets) -> None:
     loaded = load_weights(assets / 'ckpt' / name)
     assert len(loaded) == {'mobile_sam.pt': 439, 'yolox_nano_mmdet.pth': 642}[name]
     assert all(tensor.isfinite().all() for tensor in loaded.values())
-
-
-# --- strict loading
-
-
-def _net() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
-
-
-def test_strict_load_copies_everything(state) -> None:
-    net = _net()
-    load_state_dict_strict(net, state, 'a.pth')
-    assert _same(net.state_dict(), state)
-
-
-def _misfit(state: dict, **options) -> str:
-    with pytest.raises(AssetError) as error:
-        load_state_dict_strict(_net(), state, 'a.pth', **options)
-    assert '\n' not in str(error.value)
-    return str(error.value)
-
-
-def test_strict_load_lists_at_most_three_of_each(state) -> None:
-    other = {'0.weight': state['0.weight']} | {f'x.{i}': torch.ones(1) for i in range(4)}
-    assert _misfit(other) == (
-        'a.pth: does not fit Sequential: 5 missing (0.bias, 1.weight, 1.bias, ...); 4 unexpected (x.0, x.1, x.2, ...)'
-    )
-
-
-def test_strict_load_names_wrong_shapes_beside_the_rest(state) -> None:
-    del state['0.bias']
-    state |= {'0.weight': torch.ones(4, 9), 'y': torch.ones(1)}
-    assert _misfit(state) == (
-        'a.pth: does not fit Sequential: 1 missing (0.bias); 1 unexpected (y); '
-        '1 of another shape (0.weight is (4, 9), needs (4, 8))'
-    )
-
-
-def test_strict_load_ignores_what_it_may(state) -> None:
-    del state['1.running_mean']
-    state['0.cached_index'] = torch.ones(1)
-    assert 'running_mean' in _misfit(dict(state), ignore=[r'cached_index$'])
-    assert 'cached_index' in _misfit(dict(state), ignore=[r'running_mean$'])
-    load_state_dict_strict(_net(), state, 'a.pth', ignore=[r'cached_index$', r'running_mean$'])
-
-
-def test_strict_load_asks_the_hint_only_on_failure(state) -> None:
-    seen = []
-
-    def hint(content: dict) -> str:
-        seen.append(len(content))
-        return 'the file is a large one'
-
-    load_state_dict_strict(_net(), state, 'a.pth', hint=hint)
-    assert seen == []
-    assert _misfit({}, hint=hint).endswith('...); the file is a large one') and seen == [0]
-    assert _misfit({}, hint=lambda content: None).endswith('...)')
-
-
-def test_strict_load_leaves_renaming_to_the_module(state) -> None:
-    class Renaming(nn.Linear):
-        def _load_from_state_dict(self, content, prefix, *args) -> None:
-            content[f'{prefix}weight'] = content.pop(f'{prefix}old_weight')
-            super()._load_from_state_dict(content, prefix, *args)
-
-    net = Renaming(8, 4)
-    load_state_dict_strict(net, {'old_weight': state['0.weight'], 'bias': state['0.bias']}, 'a.pth')
-    assert torch.equal(net.weight, state['0.weight'])
