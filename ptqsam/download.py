@@ -1,16 +1,20 @@
 """Official checkpoints by name: where they are, how to fetch them, how to know that they are whole.
 
 The download resumes, checks size and SHA-256, and gives the file its name only when it is right. Where the official
-address cannot be reached, the other sources of the table are tried in order.
+address cannot be reached, the other sources of the table are tried in order. Of a file whose publisher states no hash,
+that of the first download is kept beside it.
 """
 
 import difflib
 import os
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptqsam.errors import AssetError, ConfigError
-from ptqsam.fileio import folder_lock, sha256_file
+from ptqsam.fileio import folder_lock, sha256_file, write_text
 from ptqsam.sources import Package, SourceError, Url, file_size
 
 
@@ -22,7 +26,7 @@ class Checkpoint:
         name: what the user calls it.
         file_name: its official name, kept in the checkpoint folder.
         sources: where to get it, best first; the first is the official URL.
-        sha256: hash of the content, 64 hex digits, or as many leading ones as its publisher states.
+        sha256: hash of the content, 64 hex digits, or as many leading ones as its publisher states, or ''.
         licence: SPDX name.
         what: one line for people.
         size: bytes, or None where the publisher does not state it.
@@ -49,23 +53,37 @@ class Checkpoint:
         size = path.stat().st_size
         if self.size is not None and size != self.size:
             return f'it has {size:,} bytes, not {self.size:,}'
-        if verify or self.size is None:
+        expected, said = self.sha256, ''
+        if not expected and verify:
+            expected, said = self.recorded(path.parent), f' as {self.file_name}.sha256 has it since the first download'
+        if expected and (verify or self.size is None):
             digest = sha256_file(path)
-            if not digest.startswith(self.sha256):
-                return f'its SHA-256 begins with {digest[:8]}, not {self.sha256[:8]}'
+            if not digest.startswith(expected):
+                return f'its SHA-256 begins with {digest[:8]}, not {expected[:8]}{said}'
         return None
+
+    def recorded(self, folder: Path) -> str:
+        """SHA-256 of the first download into a folder, or ''."""
+        record = folder / f'{self.file_name}.sha256'
+        found = re.match(r'[0-9a-f]{64}\b', record.read_text(errors='replace')) if record.is_file() else None
+        return found[0] if found else ''
 
     def status(self, root: str | os.PathLike | None = None, verify: bool = False) -> str:
         """Say in a few words whether the file lies in the checkpoint folder ('yes', 'no', 'partial', what is wrong)."""
         path = checkpoint_root(root) / self.file_name
-        if path.is_file():
-            return self.problem(path, verify) or 'yes'
-        got = file_size(_part_of(path))
-        return f'partial, {got:,} bytes' if got else 'no'
+        if not path.is_file():
+            got = file_size(_part_of(path))
+            return f'partial, {got:,} bytes' if got else 'no'
+        if problem := self.problem(path, verify):
+            return problem
+        if self.sha256:
+            return 'yes'
+        return 'yes, hash as first downloaded' if self.recorded(path.parent) else 'yes, its hash is not known'
 
 
 _SAM_URL = 'https://dl.fbaipublicfiles.com/segment_anything/'
 _MMDET_URL = 'https://download.openmmlab.com/mmdetection/v2.0/'
+_HDETR_URL = 'https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/'
 
 
 def _official(name: str, folder: str, file: str, what: str, sha256: str, size: int | None = None) -> Checkpoint:
@@ -99,6 +117,38 @@ _FASTER_RCNN_FILE = 'faster_rcnn_r50_fpn_2x_coco_bbox_mAP-0.384_20200504_210434-
 _FASTER_RCNN_URL = _MMDET_URL + 'faster_rcnn/faster_rcnn_r50_fpn_2x_coco/'
 _YOLOX_FILE = 'yolox_l_8x8_300e_coco_20211126_140236-d3bd2b23.pth'
 _YOLOX_URL = _MMDET_URL + 'yolox/yolox_l_8x8_300e_coco/'
+# all of 36 epochs, with the tricks of its model zoo: Swin-T with 300 queries, 53.2 AP, Swin-L with 900, 57.8
+_HDETR_FILE = (
+    '{}_hybrid_branch_lambda1_group6_t1500_{}dp0_mqs_lft_deformable_detr_plus_iterative_bbox_refinement_plus_plus_'
+    'two_stage_36eps.pth'
+)
+_FOCALNET_FILE = 'focalnet_large_fl4_o365_finetuned_on_coco.pth'
+
+_DINO_FOCALNET_L = Checkpoint(
+    name='dino_focalnet_l',
+    file_name=_FOCALNET_FILE,
+    sources=(
+        # where its authors moved the file when the address that papers and READMEs give was closed (FocalNet issue 45)
+        Url(f'https://huggingface.co/microsoft/focalnet-large-fl4-dino-o365-cocoft/resolve/main/{_FOCALNET_FILE}'),
+        Url(f'https://projects4jw.blob.core.windows.net/focalnet/release/detection/{_FOCALNET_FILE}'),
+    ),
+    sha256='',
+    licence='Apache-2.0',
+    what='DINO, FocalNet-L (FL4), Objects365 then COCO',
+)
+
+
+def _hdetr(name: str, backbone: str, what: str, queries: str = '') -> Checkpoint:
+    """A checkpoint of H-Deformable-DETR."""
+    return Checkpoint(
+        name,
+        file_name := _HDETR_FILE.format(backbone, queries),
+        (Url(_HDETR_URL + file_name),),
+        sha256='',
+        licence='MIT',
+        what=what,
+    )
+
 
 CHECKPOINTS: dict[str, Checkpoint] = {
     checkpoint.name: checkpoint
@@ -109,6 +159,10 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         _MOBILE_SAM,
         _official('faster_rcnn_r50', _FASTER_RCNN_URL, _FASTER_RCNN_FILE, 'Faster R-CNN R50 FPN, 2x, COCO', 'a5d8aa15'),
         _official('yolox_l', _YOLOX_URL, _YOLOX_FILE, 'YOLOX-L, 300 epochs, COCO', 'd3bd2b23'),
+        _hdetr('hdetr_r50', 'r50', 'H-Deformable-DETR R50, COCO'),
+        _hdetr('hdetr_swin_t', 'swin_tiny', 'H-Deformable-DETR Swin-T, COCO'),
+        _hdetr('hdetr_swin_l', 'decay0.05_drop_path0.5_swin_large', 'H-Deformable-DETR Swin-L, COCO', 'n900_'),
+        _DINO_FOCALNET_L,
     )
 }
 
@@ -118,17 +172,32 @@ def checkpoint_root(root: str | os.PathLike | None = None) -> Path:
     return Path(root or os.environ.get('PTQSAM_CKPT') or 'ckpt').expanduser()
 
 
-def find_checkpoint(name: str) -> Checkpoint:
+def find_checkpoint(name: str, others: Sequence[str] = ()) -> Checkpoint:
     """Look a name up in the table.
+
+    Args:
+        name: what the user wrote.
+        others: names of other things that could have been meant, for the message.
 
     Raises:
         ConfigError: unknown name; the message holds the nearest one.
     """
     if name in CHECKPOINTS:
         return CHECKPOINTS[name]
-    close = difflib.get_close_matches(name.lower().replace('-', '_'), CHECKPOINTS, n=1, cutoff=0.5)
+    known = [*CHECKPOINTS, *others]
+    close = difflib.get_close_matches(name.lower().replace('-', '_'), known, n=1, cutoff=0.5)
     meant = f" (did you mean '{close[0]}'?)" if close else ''
-    raise ConfigError(f"unknown checkpoint '{name}'{meant}; known are {', '.join(CHECKPOINTS)}")
+    raise ConfigError(f"unknown checkpoint '{name}'{meant}; known are {', '.join(known)}")
+
+
+def fetch_command(path: str | os.PathLike) -> str:
+    """Command that fetches a checkpoint to where a config looks for it, or '' where no official one has this name."""
+    path = Path(path)
+    for checkpoint in CHECKPOINTS.values():
+        if checkpoint.file_name == path.name:
+            folder = '' if path.parent.absolute() == checkpoint_root().absolute() else f' --root {path.parent}'
+            return f'python tools/download.py {checkpoint.name}{folder}'
+    return ''
 
 
 def fetch(name: str, root: str | os.PathLike | None = None, progress: bool = True, verify: bool = False) -> Path:
@@ -144,7 +213,7 @@ def fetch(name: str, root: str | os.PathLike | None = None, progress: bool = Tru
         Path of the complete file.
 
     Raises:
-        ConfigError: unknown name, or the folder cannot be written.
+        ConfigError: unknown name, the folder cannot be written, or the disk is too small.
         AssetError: no source gave the file, or the file that is there is not the official one.
     """
     checkpoint = find_checkpoint(name)
@@ -154,9 +223,12 @@ def fetch(name: str, root: str | os.PathLike | None = None, progress: bool = Tru
             path.parent.mkdir(parents=True, exist_ok=True)
             with folder_lock(path.parent, 'download into this folder'):
                 if not path.exists():  # another process may have fetched it while this one waited
-                    _download(checkpoint, path, progress)
+                    download_file(checkpoint, path, progress)
+                    _record(checkpoint, path, progress)
                     return path
         problem = checkpoint.problem(path, verify)
+        if not problem and verify:
+            _record(checkpoint, path, progress)
     except OSError as error:
         raise ConfigError(
             f'{path}: cannot be written or read ({error.strerror}); choose another folder with --root or PTQSAM_CKPT'
@@ -166,8 +238,33 @@ def fetch(name: str, root: str | os.PathLike | None = None, progress: bool = Tru
     return path
 
 
-def _download(checkpoint: Checkpoint, path: Path, progress: bool) -> None:
-    """Try the sources in order until one gives the right file under ``path``."""
+def _record(checkpoint: Checkpoint, path: Path, progress: bool) -> None:
+    """Keep the hash of a file whose publisher states none, in the format of sha256sum."""
+    if checkpoint.sha256 or checkpoint.recorded(path.parent):
+        return
+    digest = sha256_file(path)
+    write_text(path.with_name(f'{path.name}.sha256'), f'{digest}  {path.name}\n')
+    if progress:
+        print(
+            f'{checkpoint.name}: its publisher states no hash; SHA-256 {digest} is kept in {path.name}.sha256, and '
+            '--verify compares with it from now on',
+            file=sys.stderr,
+        )
+
+
+def download_file(checkpoint: Checkpoint, path: Path, progress: bool) -> None:
+    """Try the sources in order until one gives the right file under ``path``.
+
+    Args:
+        checkpoint: what is fetched.
+        path: where to; the folder exists, and a part of an earlier run beside it is gone on with.
+        progress: show bytes and remaining time on stderr.
+
+    Raises:
+        AssetError: no source gave the file.
+        ConfigError: the disk is too small.
+        OSError: the folder cannot be written.
+    """
     part = _part_of(path)
     reasons = []
     try:

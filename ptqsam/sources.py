@@ -13,11 +13,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+from ptqsam.errors import ConfigError
 
 if TYPE_CHECKING:
     from ptqsam.download import Checkpoint
@@ -95,6 +98,7 @@ class Url:
             if start != offset and start != 0:
                 raise SourceError(f'answered from byte {start} when asked for byte {offset}')
             total = _announced_total(response, start, checkpoint)
+            check_space(part.parent, (total or 0) - start, checkpoint.name)
             with (
                 open(part, 'ab' if start else 'wb') as file,
                 _progress_bar(checkpoint.name, start, total, progress) as bar,
@@ -174,6 +178,41 @@ def file_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse work that would fill the disk, before it begins.
+
+    Args:
+        folder: where files will be written; need not exist yet.
+        needed: bytes.
+        what: the work.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    free = free_bytes(folder)
+    if needed > free:
+        raise ConfigError(
+            f'{folder}: {what} needs {size_text(needed)} of disk, {size_text(free)} are free; make room, or choose '
+            'another folder'
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may be written to a folder, which need not exist yet."""
+    return shutil.disk_usage(existing_part(folder)).free
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def size_text(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    return f'{size / 1e9:.1f} GB' if size >= 1e9 else f'{size / 1e6:.1f} MB'
+
+
 def _open(url: str, offset: int) -> http.client.HTTPResponse:
     """Send the request and wait a bounded time for the answer.
 
@@ -247,9 +286,19 @@ def _progress_bar(name: str, start: int, total: int | None, progress: bool) -> t
         unit='B',
         unit_scale=True,
         unit_divisor=1024,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
+        mininterval=_bar_seconds(),
         disable=not progress,
     )
+
+
+def item_bar(items: Sequence[Any], what: str, unit: str, progress: bool) -> tqdm:
+    """An iterable over ``items`` that shows their number and the remaining time on stderr."""
+    return tqdm(items, desc=what, unit=f' {unit}', mininterval=_bar_seconds(), disable=not progress)
+
+
+def _bar_seconds() -> float:
+    """Time between updates of a bar."""
+    return 0.2 if sys.stderr.isatty() else 10.0
 
 
 def _pip_reason(stderr: str) -> str:

@@ -10,6 +10,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
 
+from ptqsam.coco_files import fetch_advice
 from ptqsam.errors import AssetError
 
 from .checks import checked_arguments
@@ -114,9 +115,10 @@ def check_annotation_file(path: str | Path) -> None:
     """Refuse an annotation file that is missing or empty."""
     path = Path(path)
     if not path.is_file():
-        raise AssetError(f'{path}: no such annotation file; {_ADVICE}')
+        raise AssetError(f'{path}: no such annotation file; {fetch_advice(path) or _MAKE_IT}{_ELSEWHERE}')
     if not path.stat().st_size:
         raise AssetError(f'{path}: annotation file is empty; get or make it again')
 
 
-_ADVICE = 'set PTQSAM_DATA to the folder that holds coco/, or make the embedded data with tools/make_scenes.py'
+_MAKE_IT = 'make the embedded data with tools/make_scenes.py'
+_ELSEWHERE = ', or set PTQSAM_DATA to the folder that holds coco/ or scenes/'

