@@ -18,7 +18,7 @@ from ptqsam.config import parse_quant_config
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.evaluation.quantization_error import error_from_sums, error_sums
 from ptqsam.hooks import BimodalIntegration, CondiQuant, ConditionNumberReduction
-from ptqsam.hooks.condition_number import find_layers
+from ptqsam.hooks.condition_number import find_layers, in_groups
 from ptqsam.modules.walk import act_quantizers, original_weights, quantizers
 from ptqsam.registry import QUANTIZERS, SOLVER_HOOKS, build_part
 from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, limit_boxes
@@ -193,6 +193,19 @@ def test_sums_of_all_processes_count(tmp_path, monkeypatch):
     )
     assert run_hook(two) == rows and len(reduced) == 3 * len(BAD)
     ours, theirs = weights(alone), weights(two)
+    assert all(torch.equal(ours[path], theirs[path]) for path in ours)
+
+
+def test_groups_that_fit_into_memory_change_nothing(tmp_path, monkeypatch):
+    """Layers of a large model are measured in several passes, all with the weights of the float model."""
+    together, apart = make_loop(tmp_path), make_loop(tmp_path)
+    rows = run_hook(together)
+    monkeypatch.setattr('ptqsam.hooks.condition_number.MEASURED_TOGETHER', 1)
+    assert [len(group) for group in in_groups({path: find_layers(apart.target)[path] for path in BAD})] == [1] * len(
+        BAD
+    )
+    assert run_hook(apart) == rows
+    ours, theirs = weights(together), weights(apart)
     assert all(torch.equal(ours[path], theirs[path]) for path in ours)
 
 

@@ -1,0 +1,3 @@
+_base_ = './dino_focalnet-l_sam-vit-l.py'
+
+model = dict(test_cfg=dict(cascade=1))

@@ -1,0 +1,3 @@
+_base_ = './faster-rcnn_r50_sam-vit-b.py'
+
+model = dict(test_cfg=dict(cascade=1))

@@ -1,0 +1,3 @@
+_base_ = './faster-rcnn_r50_sam-vit-l.py'
+
+model = dict(test_cfg=dict(multimask=True))

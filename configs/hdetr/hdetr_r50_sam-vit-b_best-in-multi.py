@@ -1,0 +1,3 @@
+_base_ = './hdetr_r50_sam-vit-b.py'
+
+model = dict(test_cfg=dict(multimask=True))

@@ -1,0 +1,3 @@
+_base_ = './yolox-l_sam-vit-h.py'
+
+model = dict(test_cfg=dict(cascade=1))

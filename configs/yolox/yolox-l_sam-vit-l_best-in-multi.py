@@ -1,0 +1,3 @@
+_base_ = './yolox-l_sam-vit-l.py'
+
+model = dict(test_cfg=dict(multimask=True))

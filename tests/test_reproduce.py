@@ -1,0 +1,164 @@
+"""docs/reproduce.md: its commands run, its recipes and options are taken, its numbers are those of the specification.
+
+The specification is looked for in `PTQSAM_METHODS`, by default `../shared/spec/methods.md` beside the checkout; without
+it the tests of numbers are skipped.
+"""
+
+import functools
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from projects.instance_segment_anything import SegmentAnything
+from ptqsam.cli import check_key, load_model_config, parse_args
+from ptqsam.config import QuantConfig, load_quant_config
+from ptqsam.registry import SOLVER_HOOKS, build_part
+from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.reconstruct import check_reconstruction
+from ptqsam.solver.rules import RuleBook
+from tests.test_readme import parse_blocks
+from tests.tiny import ARCH, ROOT
+
+DOC = ROOT / 'docs' / 'reproduce.md'
+METHODS = Path(os.environ.get('PTQSAM_METHODS', ROOT.parent / 'shared' / 'spec' / 'methods.md'))
+# `python` and the grid tell what they would do; a table needs results
+TELL = """
+python() { echo "python ${@@Q}"; }
+bash() { [[ " $* " == *' --print '* ]] || PYTHON=python command bash "$1" --dry-run "${@:2}"; }
+"""
+# where a line of options names no recipe
+SOME_RECIPE, SOME_CONFIG = 'exp/ptq4sam/w4a4.yaml', 'configs/yolox/yolox-l_sam-vit-b.py'
+DETECTORS = {'FRCNN': 'faster-rcnn_r50', 'YOLOX': 'yolox-l', 'H-DETR': 'hdetr_r50', 'DINO': 'dino_focalnet-l'}
+
+
+@pytest.fixture(scope='module')
+def text() -> str:
+    return DOC.read_text(encoding='utf-8')
+
+
+@functools.cache
+def load(recipe: str, options: str = '') -> QuantConfig:
+    """A recipe with options as in a command; its parts are built, its quantizers in a small SAM."""
+    words = shlex.split(options)
+    given = ['--quant-options', *words] if words and not words[0].startswith('-') else words
+    args = parse_args(['model.py', recipe, *given])
+    for key in args.cfg_options:
+        check_key(load_model_config(str(ROOT / SOME_CONFIG), {}), key)
+    config = load_quant_config(ROOT / recipe, args.quant_options)
+    check_reconstruction(config)
+    for hook in config.hooks:
+        build_part(SOLVER_HOOKS, hook.type, **hook.kwargs())
+    with torch.device('meta'):
+        quantize_model(SegmentAnything(ARCH, image_size=64), RuleBook(config))
+    return config
+
+
+def expand(span: str) -> list[str]:
+    """`exp/a/{b,c}.yaml` as the files it stands for."""
+    match = re.fullmatch(r'(.*)\{(.*)\}(.*)', span)
+    return [match[1] + name + match[3] for name in match[2].split(',')] if match else [span]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of all rows of all tables."""
+    return [line.strip('| ').split(' | ') for line in text.splitlines() if re.match(r'\| (?!-)', line)]
+
+
+def test_every_command_is_taken(text: str) -> None:
+    commands = []
+    for block in parse_blocks(text):
+        done = subprocess.run(
+            ['bash', '-euo', 'pipefail', '-c', TELL + block.source],
+            **dict(cwd=ROOT, capture_output=True, text=True, timeout=60),
+        )
+        assert done.returncode == 0, f'block at line {block.line}: {done.stderr}'
+        commands += [shlex.split(line) for line in done.stdout.splitlines()]
+    for command in commands:
+        assert command[:2] == ['python', 'tools/test_quant.py']
+        args = parse_args(command[2:])
+        assert (ROOT / args.model_config).is_file(), args.model_config
+        given = command[command.index('--quant-options') + 1 :] if '--quant-options' in command else []
+        load(args.quant_config, shlex.join(given))
+    first = {Path(command[3]).parent.name for command in commands if 'work_dirs/ahcq_table' in ' '.join(command)}
+    assert first == {'brecq', 'qdrop', 'ptq4sam', 'ahcq_sam'}
+    assert len(commands) > 144
+
+
+def test_every_recipe_and_option_of_a_table_is_taken(text: str) -> None:
+    """A row's options with each of its recipes; what is called published is stamped."""
+    options, count = '', 0
+    for row in rows(text):
+        spans = re.findall('`([^`]+)`', ' | '.join(row))
+        own = next((span for span in spans if re.match(r'[\w.]+=', span)), '')
+        options = f'{options} {own}' if 'the same and' in row[-1] else options if row[-1] == 'as above' else own
+        recipes = [file for span in spans if span.startswith('exp/') for file in expand(span)]
+        for recipe in recipes or [SOME_RECIPE] * bool(options):
+            config = load(recipe, options)
+            assert config.compat.active or 'compat' not in options
+            count += 1
+        for detector, sam in re.findall(r'`([^`]+)` `(sam-[^`]+)`', ' | '.join(row)):
+            assert len(list((ROOT / 'configs').glob(f'*/{detector}_{sam}.py'))) == 1
+    assert count > 45
+
+
+def test_every_option_in_the_text_is_taken(text: str) -> None:
+    """Outside of tables and blocks: each with the recipe that is named last in its paragraph."""
+    plain = re.sub(r'```.*?```', '', text, flags=re.DOTALL)
+    count = 0
+    for paragraph in re.split(r'\n\s*\n', plain):
+        recipe = SOME_RECIPE
+        for span in re.findall('`([^`]+)`', re.sub(r'(?m)^\|.*', '', paragraph).replace('\n', ' ')):
+            recipe = span if span.startswith('exp/') and span.endswith('.yaml') else recipe
+            if re.search(r'\w\.\w+=', span):
+                load(recipe, span.rpartition(' -- ')[2])
+                count += 1
+            elif re.match(r'(configs|exp|tools)/', span):
+                assert (ROOT / span).exists(), span
+    assert count > 5
+
+
+def test_links_lead_somewhere(text: str) -> None:
+    for target in re.findall(r'\]\(([^)#]+)\)', text):
+        assert (DOC.parent / target).is_file(), target
+
+
+def test_the_published_protocol_is_that_of_the_switches() -> None:
+    """The line of AHCQ-SAM has the nine alphas in LNQ's place, its ACNR and CAG where options look for them."""
+    config = load('exp/ahcq_sam/w6a6.yaml')
+    assert config.hooks[1].type == 'ConditionNumberReduction'
+    assert [config.rules[place].quantizer.type for place in (2, 4)] == ['CAG', 'LNQ']
+
+
+@pytest.fixture(scope='module')
+def methods() -> str:
+    if not METHODS.is_file():
+        pytest.skip(f'no specification of methods at {METHODS}; set PTQSAM_METHODS')
+    return METHODS.read_text(encoding='utf-8')
+
+
+def test_numbers_of_ahcq_sam(text: str, methods: str) -> None:
+    ours = {row[0]: row[1:] for row in rows(text)}
+    found = re.findall(r'^\| (FRCNN|YOLOX|H-DETR|DINO) ([BLH]) \(([\d.]+)\) \| (.*) \|$', methods, re.MULTILINE)
+    assert len(found) == 12
+    for detector, size, whole, numbers in found:
+        assert ours[f'`{DETECTORS[detector]}` `sam-vit-{size.lower()}`'] == [whole, *numbers.split(' | ')]
+    places = {row[1].strip('`'): row[3:] for row in rows(text) if row[2:] and row[2].startswith('`configs/')}
+    for detector, size, whole, _ in found:
+        assert places[DETECTORS[detector]]['BLH'.index(size)] == whole
+
+
+def test_numbers_of_saq_sam(text: str, methods: str) -> None:
+    section = methods.split('### 9.3')[1].split('### 9.4')[0]
+    ours = {row[0].replace(' alone', ' only, no recon'): row[1:4] for row in rows(text.split('## SAQ-SAM')[1])}
+    published = {row[0]: [cell.replace(' / ', '/') for cell in row[1:]] for row in rows(section)[1:]}
+    assert len(published) == 6
+    for name, numbers in published.items():
+        assert ours[name] == numbers
+    # the ablations are prose there
+    for number in re.findall(r'\d+\.\d/\d+\.\d/\d+\.\d', section.split('Ablation')[1] + methods.split('### 6.4')[1]):
+        assert number in text, number
