@@ -1,4 +1,4 @@
-"""Measure what fake quantization and reconstruction cost in time and memory. `python tools/benchmark.py --help`."""
+"""Measure what quantization, reconstruction and detection cost. `python tools/benchmark.py --help`."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from projects.instance_segment_anything import ARCHS, SegmentAnything
+from projects.instance_segment_anything.benchmark import DETECTORS, benchmark_detectors, detectors_table
 from ptqsam.benchmark import Setting, benchmark, benchmark_table, profiles
 from ptqsam.benchmark_reconstruct import UNITS, benchmark_reconstruct, reconstruct_table
 from ptqsam.config import load_quant_config
@@ -20,9 +21,10 @@ RECIPES = {'forward': 'exp/minmax/w8a8.yaml', 'reconstruct': 'exp/qdrop/w4a4.yam
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='forward (default): fake-quantized (frozen) over float forward of SAM. reconstruct: one iteration '
-        'of reconstruction over float forward and backward, for single units. Random weights.'
+        'of reconstruction over float forward and backward, for single units. detect: boxes of one image by each '
+        'detector at its test resolution. Random weights.'
     )
-    parser.add_argument('mode', nargs='?', default='forward', choices=RECIPES)
+    parser.add_argument('mode', nargs='?', default='forward', choices=[*RECIPES, 'detect'])
     parser.add_argument('--sam', default='vit_b', choices=ARCHS, help='default vit_b')
     parser.add_argument('--image-size', type=int, default=1024, help='pixels, default 1024')
     parser.add_argument('--recipe', help='default ' + ', '.join(f'{mode}: {path}' for mode, path in RECIPES.items()))
@@ -32,6 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--what', default='encoder', choices=['encoder', 'decoder'], help='forward: default encoder')
     parser.add_argument('--profile', action='store_true', help='forward: show which operators take the time, no memory')
     parser.add_argument('--tokens', type=int, help='reconstruct: positions per iteration, default all of an image')
+    parser.add_argument('--detectors', nargs='+', default=[], choices=DETECTORS, help='detect: default all')
     parser.add_argument('--units', nargs='+', default=[], choices=UNITS, help='reconstruct: default all')
     parser.add_argument('--no-memory', action='store_true', help='reconstruct: measure time only')
     args = parser.parse_args()
@@ -39,12 +42,16 @@ def parse_args() -> argparse.Namespace:
         parser.error('--repeat, --threads and --tokens must be at least 1')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: no GPU found')
-    args.recipe = args.recipe or RECIPES[args.mode]
+    args.recipe = args.recipe or RECIPES.get(args.mode)
     return args
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any] | None:
     """Print a table, and return what is to be printed as JSON."""
+    if args.mode == 'detect':
+        detectors = benchmark_detectors(args.detectors, args.repeat, args.threads)
+        print(detectors_table(detectors))
+        return {'result': detectors}
     build = partial(SegmentAnything, args.sam, args.image_size)
     setting = Setting(build, load_quant_config(args.recipe), args.what, args.device, args.threads)
     if args.mode == 'reconstruct':

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # images on which outputs are compared before and after
 SQNR_IMAGES = 2
+# bytes of Gram matrices and inputs that exist at a time; tokens of an image in a layer, about
+MEASURED_TOGETHER, TOKENS = 4 << 30, 5000
 FILES = ('condition_number.csv', 'condition_number.png')
 
 
@@ -71,9 +73,9 @@ class ConditionHook(Hook, ABC):
     error, from which the new singular values follow. Nothing of an image is kept but its float inputs until its second
     pass. Then it forgets everything that any quantizer has observed or searched: the run's own calibration follows.
 
-    All layers are measured in one pass with the float model's weights; the released code goes layer by layer, so that
-    later layers see what was changed before them. Where several processes calibrate, each adds up its own images, and
-    all compute the same weights from the total.
+    All layers are measured with the float model's weights, in one pass or, of a large model, in several; the released
+    code goes layer by layer, so that later layers see what was changed before them. Where several processes calibrate,
+    each adds up its own images, and all compute the same weights from the total.
 
     Args:
         threshold: only layers with at least this condition number are changed; above 1.
@@ -85,7 +87,7 @@ class ConditionHook(Hook, ABC):
     # All layers behind a changed one see other values, so what locks ranges of the encoder comes after this, too. There
     # ScaleReparameterization has only common zero points for what was changed; before, its ranges would no longer fit.
     changed_parts: ClassVar[tuple[str, ...]] = ('encoder', 'decoder')
-    # beside the calibration: a calibration of its own, a float and a quantized pass; for the dry run
+    # beside the calibration: a calibration of its own, a float and a quantized pass for each group; for the dry run
     calibration_passes = 3
 
     def __init__(self, threshold: float) -> None:
@@ -101,7 +103,9 @@ class ConditionHook(Hook, ABC):
         Raises:
             ConfigError: there is none.
         """
-        if not find_layers(model):
+        layers = find_layers(model)
+        self.calibration_passes = 1 + 2 * len(in_groups(layers))
+        if not layers:
             raise ConfigError(
                 f'{type(self).__name__}: the recipe quantizes the input of no linear layer; leave the hook out, or '
                 'enable such inputs with a rule'
@@ -140,9 +144,13 @@ class ConditionHook(Hook, ABC):
         if bad:
             settings = loop.recipe.calibration
             calibrate_activations(loop.model, loop.target, loop.calib_loader, settings.max_boxes, settings.seed)
-            for path, error in measure_input_errors(loop, bad).items():
-                self.change(path, bad[path], error, reports[path], loop)
-            measure_outputs(loop, bad, reports)
+            for group in in_groups(bad):
+                with original_weights(loop.target):  # groups before this one have new ones
+                    errors = measure_input_errors(loop, group)
+                for path, error in errors.items():
+                    self.change(path, group[path], error, reports[path], loop)
+                del errors
+                measure_outputs(loop, group, reports)
             for quantizer in quantizers(loop.target):
                 if not quantizer.locked:
                     quantizer.reset()
@@ -255,6 +263,21 @@ def find_layers(model: nn.Module) -> dict[str, QuantOp]:
         for path, module in model.named_modules()
         if isinstance(module, QuantOp) and module.weight.dim() == 2 and isinstance(module.input_quantizer, Quantizer)
     }
+
+
+def in_groups(layers: Mapping[str, QuantOp]) -> list[dict[str, QuantOp]]:
+    """Layers in groups that are measured together, so that Gram matrices and kept inputs fit into memory."""
+    groups: list[dict[str, QuantOp]] = []
+    room = 0
+    for path, op in layers.items():
+        width = op.weight.shape[1]
+        needed = 8 * width**2 + 4 * TOKENS * width
+        if not groups or needed > room:
+            groups.append({})
+            room = MEASURED_TOGETHER
+        groups[-1][path] = op
+        room -= needed
+    return groups
 
 
 def measure(path: str, weight: Tensor) -> float:
