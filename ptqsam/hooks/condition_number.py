@@ -89,6 +89,7 @@ class ConditionHook(Hook, ABC):
     changed_parts: ClassVar[tuple[str, ...]] = ('encoder', 'decoder')
     # beside the calibration: a calibration of its own, a float and a quantized pass for each group; for the dry run
     calibration_passes = 3
+    calibration_bytes = 0
 
     def __init__(self, threshold: float) -> None:
         self.threshold = check_number(self, 'threshold', threshold, above=1)
@@ -105,6 +106,9 @@ class ConditionHook(Hook, ABC):
         """
         layers = find_layers(model)
         self.calibration_passes = 1 + 2 * len(in_groups(layers))
+        measured = min(MEASURED_TOGETHER, sum(map(measuring_bytes, layers.values())))
+        # the float model's weights stay beside the new ones
+        self.calibration_bytes = measured + sum(op.weight.nbytes for op in layers.values())
         if not layers:
             raise ConfigError(
                 f'{type(self).__name__}: the recipe quantizes the input of no linear layer; leave the hook out, or '
@@ -265,18 +269,22 @@ def find_layers(model: nn.Module) -> dict[str, QuantOp]:
     }
 
 
+def measuring_bytes(op: QuantOp) -> int:
+    """Memory of a layer's Gram matrix and kept input, about."""
+    width = op.weight.shape[1]
+    return 8 * width**2 + 4 * TOKENS * width
+
+
 def in_groups(layers: Mapping[str, QuantOp]) -> list[dict[str, QuantOp]]:
     """Layers in groups that are measured together, so that Gram matrices and kept inputs fit into memory."""
     groups: list[dict[str, QuantOp]] = []
     room = 0
     for path, op in layers.items():
-        width = op.weight.shape[1]
-        needed = 8 * width**2 + 4 * TOKENS * width
-        if not groups or needed > room:
+        if not groups or measuring_bytes(op) > room:
             groups.append({})
             room = MEASURED_TOGETHER
         groups[-1][path] = op
-        room -= needed
+        room -= measuring_bytes(op)
     return groups
 
 

@@ -252,13 +252,14 @@ def estimate_lines(
         weights: bytes of SAM.
         plan: of the reconstruction, if there is one.
         hooks: solver hooks; one that runs the calibration images itself says how often in its attribute
-            `calibration_passes`.
+            `calibration_passes`, and how much memory it needs for what it keeps in `calibration_bytes`.
     """
     device = torch.device(get_device())
     memory = forward_memory(device, weights, encoder, decoder)
     machine, chunk = measure_machine(device), model.options.chunk_size
     rows: list[tuple[str, ...]] = [('stage', 'images', 'boxes', 'time', 'memory')]
     before = {type(hook).__name__: passes for hook in hooks if (passes := getattr(hook, 'calibration_passes', 0))}
+    kept = {type(hook).__name__: getattr(hook, 'calibration_bytes', 0) for hook in hooks}
     repeats = {**before, **dict.fromkeys(stages, 1)}
     for stage, times in repeats.items():
         images, most = stages['calibrate' if stage in before else stage]
@@ -267,7 +268,7 @@ def estimate_lines(
         if images.count is not None and boxes is not None:
             seconds = times * (images.count * machine.seconds(encoder) + boxes / chunk * machine.seconds(decoder))
             row = [str(images.count), f'{"at most " * bound}{boxes}', duration(seconds)]
-        rows.append((stage, *row, f'{memory / 1e9:.1f} GB'))
+        rows.append((stage, *row, f'{(memory + kept.get(stage, 0)) / 1e9:.1f} GB'))
         if stage == 'calibrate' and plan is not None:
             rows.append(reconstruct_row(plan, machine, device, encoder, decoder, chunk, memory))
     return [

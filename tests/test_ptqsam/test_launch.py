@@ -30,8 +30,8 @@ with together(launcher):
         cli.run(cli.parse_args([*command, '--quant-options', *options]))
 """
 RECIPES = ('mse', 'repq_vit', 'saq_sam_s', 'ptq4sam_s', 'ahcq_sam')
-# sums of floating-point numbers are added up in another order: averaged ranges, energies of channels, error Grams
-IN_SUMS = 1e-4
+# sums of floating-point numbers are added up in another order: averaged ranges; energies of channels, error Grams
+BOUNDS = dict(ptq4sam_s=1e-6, ahcq_sam=1e-4)
 
 
 @pytest.fixture(scope='module')
@@ -51,10 +51,9 @@ def test_two_processes_quantize_and_evaluate_as_one(both, recipe):
     one, two = (load_file(both / name / recipe / 'packed/model.safetensors') for name in ('one', 'two'))
     assert one.keys() == two.keys()
     differing = {name for name in one if not torch.equal(one[name], two[name])}
-    if recipe in ('mse', 'repq_vit', 'saq_sam_s'):
-        assert not differing
+    assert not differing or recipe in BOUNDS
     for name in differing:
-        torch.testing.assert_close(one[name].float(), two[name].float(), rtol=IN_SUMS, atol=1e-7)
+        torch.testing.assert_close(one[name].float(), two[name].float(), rtol=BOUNDS[recipe], atol=1e-7)
     results = [json.loads((both / name / recipe / 'result.json').read_text()) for name in ('one', 'two')]
     assert [result['processes'] for result in results] == [1, 2]
     metrics = [result['metrics'] for result in results]

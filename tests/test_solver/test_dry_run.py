@@ -141,12 +141,15 @@ def test_hooks_are_described(tiny, tmp_path, capsys):
 
 def test_hooks_cost_their_passes(monkeypatch):
     hook = ConditionNumberReduction()
+    hook.calibration_bytes = 3 * 10**12
     monkeypatch.setattr('ptqsam.solver.dry_run.measure_machine', lambda device: Machine(flops=1.0, bandwidth=1.0))
     model = SimpleNamespace(options=SimpleNamespace(chunk_size=2), count_boxes=lambda dataset, cache_dir: [1, 3])
     stages = {'calibrate': (Images(Path('x'), None, dataset=[0, 1]), 9)}
     lines = estimate_lines(model, stages, Work(7, 0, 0), Work(4, 0, 0), 0, hooks=[hook, PerceptualClipping(passes=3)])
     times = {line.split()[0]: line.split()[3] for line in lines[2].split('\n')[1:]}
     assert times == {'ConditionNumberReduction': '66', 'calibrate': '22'}, '2 * 7 + 4 / 2 * 4 seconds per pass'
+    memory = {line.split()[0]: float(line.split()[-2]) for line in lines[2].split('\n')[1:]}
+    assert memory['ConditionNumberReduction'] - memory['calibrate'] == pytest.approx(3000)
 
 
 def test_no_reconstruction_is_not_described(tiny):
