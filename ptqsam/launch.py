@@ -57,9 +57,15 @@ def together(launcher: str) -> Iterator[None]:
         launcher: 'none', 'pytorch' (torchrun) or 'slurm' (srun).
 
     Raises:
-        ConfigError: not started by that launcher, the others do not come, or fewer GPUs than processes.
+        ConfigError: not started by that launcher, or by torchrun without any; the others do not come; or fewer GPUs
+            than processes.
     """
     if launcher == 'none':
+        if 'TORCHELASTIC_RUN_ID' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            raise ConfigError(
+                f'torchrun started {os.environ["WORLD_SIZE"]} processes, but each would do the whole run; add '
+                '--launcher pytorch'
+            )
         yield
         return
     {'pytorch': _check_torchrun, 'slurm': _follow_slurm}[launcher]()

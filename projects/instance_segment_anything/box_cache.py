@@ -62,23 +62,25 @@ def cached_boxes(detector: MMDetDetector, dataset: Any, cache_dir: str | Path, d
         ConfigError: the detector knows other classes than the dataset, or the folder cannot be written.
     """
     _check_classes(detector, dataset)
+    path, key, made_with = _place(detector, dataset, cache_dir)
+    content: dict[str, Any] = {}  # in the main process
     with ExitStack() as stack:
 
-        def open_file() -> tuple[Path, list[dict[str, Any]]]:
-            path, key, made_with = _place(detector, dataset, cache_dir)
-            if not _missing(_content(path, key, made_with), dataset):
-                return path, []
+        def open_file() -> list[dict[str, Any]]:
+            content.update(_content(path, key, made_with))
+            if not _missing(content, dataset):
+                return []
             _check_writable(path.parent)
             # only one run detects; one that waited finds the boxes of the other
             stack.enter_context(folder_lock(path.parent, 'detection of boxes for this folder'))
-            content = _content(path, key, made_with)
+            content.update(_content(path, key, made_with))
             if not content['images']:
                 _say_why(path, made_with)
-            return path, _missing(content, dataset)
+            return _missing(content, dataset)
 
-        path, missing = decided_by_main(open_file)
+        missing = decided_by_main(open_file)
         if missing:
-            _detect_missing(detector, dataset, path, missing, device)
+            _detect_missing(detector, missing, path, content, made_with['category_ids'], device)
     return path
 
 
@@ -204,28 +206,34 @@ def _size(path: str) -> int | None:
 
 
 def _detect_missing(
-    detector: MMDetDetector, dataset: Any, path: Path, missing: list[dict[str, Any]], device: torch.device
+    detector: MMDetDetector,
+    missing: list[dict[str, Any]],
+    path: Path,
+    content: dict[str, Any],
+    category_ids: list[int],
+    device: torch.device,
 ) -> None:
     """Add what the detector finds in images that are missing, and write the file, however this ends."""
     rank, world_size = get_dist_info()
-    _, key, made_with = _place(detector, dataset, path.parent)
     # an image and its boxes in one append: an interruption cannot part them
     fresh: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
-    content = _without(_content(path, key, made_with), missing) if is_main_process() else {}
-    saved = time.monotonic()
+    if is_main_process():
+        content = _without(content, missing)
+    next_save = time.monotonic() + _SAVE_EVERY
     # one process writes what it has after every image; several bring their images together from time to time
     turn = 1 if world_size == 1 else world_size * _IMAGES_PER_TURN
     try:
         with progress_bar(len(missing), 'detect boxes', 'image') as bar:
             for start in range(0, len(missing), turn):
                 images = missing[start : start + turn]
-                own = [_detect(detector, image, made_with, device) for image in images[rank::world_size]]
+                own = [_detect(detector, image, category_ids, device) for image in images[rank::world_size]]
                 shares = all_gather_object(own)
                 if is_main_process():
                     fresh += [shares[number % world_size][number // world_size] for number in range(len(images))]
-                    if time.monotonic() - saved >= _SAVE_EVERY:
+                    if (start_of_write := time.monotonic()) >= next_save:
                         _write(path, content, fresh)
-                        saved = time.monotonic()
+                        # the boxes of a whole data set take half a minute
+                        next_save = time.monotonic() + max(_SAVE_EVERY, 20 * (time.monotonic() - start_of_write))
                 bar.update(len(images))
     finally:
         detector.release()
@@ -235,12 +243,12 @@ def _detect_missing(
 
 
 def _detect(
-    detector: MMDetDetector, image: dict[str, Any], made_with: dict[str, Any], device: torch.device
+    detector: MMDetDetector, image: dict[str, Any], category_ids: list[int], device: torch.device
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is kept of an image, and of what is found in it."""
     listed = dict(id=image['img_id'], bytes=_size(image['img_path']))
     sample = DetDataSample(metainfo={name: image[name] for name in ('img_id', 'img_path')})
-    return listed, _as_coco(detector.detect(sample, device), image, made_with['category_ids'])
+    return listed, _as_coco(detector.detect(sample, device), image, category_ids)
 
 
 def _without(content: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
@@ -269,20 +277,26 @@ def _check_classes(detector: MMDetDetector, dataset: Any) -> None:
 
 def _say_why(path: Path, made_with: dict[str, Any]) -> None:
     """Say why boxes of this annotation file that are there already are of no use."""
-    names = dict(detector='another detector', annotations='other annotations', classes='other classes')
+    names = dict(annotations='other annotations', classes='other classes')
     for other in sorted(path.parent.glob(f'{path.name.rpartition("_")[0]}_*.json')):
+        with open(other, encoding='utf-8') as file:
+            start = file.read(1 << 20)  # what stands before the boxes
         try:
-            content = _read(other)
-        except AssetError:
+            header = json.loads(start[: start.index(', "images": [')] + '}')
+            theirs, ours = header['made_with']['detector'], made_with['detector']
+            reasons = [words for name, words in names.items() if header['made_with'][name] != made_with[name]]
+            same_weights, same_model = theirs['weights'] == ours['weights'], theirs['model'] == ours['model']
+            older = header['format'] != _FORMAT
+        except (ValueError, KeyError, TypeError):
             continue
-        reasons = [words for name, words in names.items() if content['made_with'][name] != made_with[name]]
-        theirs, ours = content['made_with']['detector'], made_with['detector']
-        if theirs['weights'] == ours['weights'] and theirs != ours:
-            reasons = ['these weights with another config or threshold']
-        elif theirs['model'] == ours['model'] and theirs != ours:
-            reasons = ['this detector with other weights or another pipeline']
-        if content['format'] != _FORMAT:
+        if older:
             reasons = ['an older version of this program']
+        elif theirs != ours and same_weights:
+            reasons = ['these weights with another config or threshold']
+        elif theirs != ours and same_model:
+            reasons = ['this detector with other weights or another pipeline']
+        elif theirs != ours:
+            continue  # of another detector nobody expects boxes
         print(f'{other}: boxes of {[*reasons, "other images"][0]}; detecting anew', file=sys.stderr)
 
 

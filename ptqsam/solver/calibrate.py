@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptqsam.config import QuantConfig
 from ptqsam.distributed import own_block
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.modules.walk import act_quantizers, quant_ops
@@ -47,6 +48,23 @@ def draw_images(
     if first:
         return pool[:count]
     return sorted(pool[index] for index in np.random.default_rng(seed).permutation(len(pool))[:count])
+
+
+def check_calibration(recipe: QuantConfig, chunk_size: int) -> None:
+    """Refuse a calibration in which an image would reach the observers of the decoder in several pieces.
+
+    Args:
+        recipe: checked recipe.
+        chunk_size: boxes that the model decodes together.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if recipe.calibration.max_boxes > chunk_size:
+        raise ConfigError(
+            f'calibration.max_boxes={recipe.calibration.max_boxes} is more than '
+            f'model.test_cfg.chunk_size={chunk_size}: observers would see an image in pieces; make the two equal'
+        )
 
 
 def limit_boxes(data_sample: Any, max_boxes: int, rng: np.random.Generator) -> None:

@@ -5,6 +5,7 @@ from logging import Logger
 from pathlib import Path
 from typing import Any
 
+from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch.utils.data import SequentialSampler
@@ -48,7 +49,7 @@ def build_calib_loader(
     calibration = recipe.calibration
     dataset = build_dataset(config)
     names = image_names(dataset)
-    if shared := set(names) & set(evaluated):
+    if is_main_process() and (shared := set(names) & set(evaluated)):
         logger.warning(f'calibration: {len(shared)} of {len(names)} images are evaluated as well; they are left out')
     drawn = draw_images(names, evaluated, calibration.num_images, calibration.seed, recipe.compat.first_images)
     dataset.get_subset_(drawn)

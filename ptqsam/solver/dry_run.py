@@ -21,11 +21,11 @@ from ptqsam.estimate import Work, measure_machine, measure_work, memory_in_use, 
 from ptqsam.modules.walk import act_quantizers
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report.summary import align, part_text, rule_table, run_label
-from ptqsam.solver.calibrate import draw_images
+from ptqsam.solver.calibrate import check_calibration, draw_images
 from ptqsam.solver.datasets import build_dataset, image_names
 from ptqsam.solver.options import RunOptions
 from ptqsam.solver.prepare import check_hooks, quantize_model
-from ptqsam.solver.reconstruct import check_reconstruction
+from ptqsam.solver.reconstruct import check_reconstruction, first_pass
 from ptqsam.solver.reconstruction_plan import (
     Plan,
     duration,
@@ -97,13 +97,15 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
         quantize_model(model.sam, rules)
     check_hooks(hooks, model.sam, rules.choices)
     check_reconstruction(recipe)
+    check_calibration(recipe, model.options.chunk_size)
     packed_size = packed_bytes(model.sam)
     with copies_counted(model.sam):
         encoder, decoder = encoder_work(model), decoder_work(model)
         counts = known_counts(model, calibration)
         if counts is None:
             counts = [drawn.max_boxes] * (calibration.count or drawn.num_images)
-        plan = plan_reconstruction(model, recipe, counts, torch.device(get_device()))
+        with first_pass(model):
+            plan = plan_reconstruction(model, recipe, counts, torch.device(get_device()))
 
     stages = {
         'calibrate': (calibration, min(drawn.max_boxes, model.options.max_boxes)),

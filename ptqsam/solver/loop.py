@@ -21,26 +21,25 @@ from ptqsam.checkpoint import (
     float_bytes,
     load_packed,
     packed_size,
-    read_manifest,
     save_packed,
     structure,
 )
 from ptqsam.config import parse_quant_config
 from ptqsam.distributed import decided_by_main
-from ptqsam.errors import AssetError, ConfigError
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
 from ptqsam.fileio import fingerprint, write_json
 from ptqsam.progress import progress
 from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import Gallery, plot_outcomes, plot_quantization_errors, write_outcomes, write_summary
-from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights
+from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, check_calibration
 from ptqsam.solver.compat import apply_compat, report_gate
 from ptqsam.solver.datasets import build_calib_loader, build_dataset, data_identity, image_names
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.options import RunOptions
 from ptqsam.solver.prepare import check_hooks, quantize_model
 from ptqsam.solver.reconstruct import ReconstructionStage, check_reconstruction
+from ptqsam.solver.resume import check_same, find_packed
 from ptqsam.solver.rules import RuleBook
 from ptqsam.solver.share import share_model
 
@@ -200,11 +199,14 @@ class PTQLoop(TestLoop):
         if options.load:
             ready = Path(options.load)
         else:
+            check_calibration(self.recipe, self.model.options.chunk_size)
             self.calib_loader = build_calib_loader(
                 self.calib_dataset, self.recipe, self.evaluated_split, self.dataloader.num_workers, self.runner.logger
             )
             origin = self.origin()
-            ready = decided_by_main(lambda: self.find_resumable(origin))
+            ready = decided_by_main(lambda: find_packed(self.work_dir / 'packed', origin) if options.resume else None)
+            if ready is not None:
+                self.runner.logger.info(f'resume: calibrated model from {ready}')
         if is_main_process():
             # what an earlier run left must not look like the result of this one
             made_here = ready is not None and ready.resolve() == (self.work_dir / 'packed').resolve()
@@ -213,9 +215,10 @@ class PTQLoop(TestLoop):
                 (self.work_dir / name).unlink(missing_ok=True)
         if options.eval_fp or ready is None:
             self.model.init_weights()
-        self.model.attach_boxes(self.dataloader.dataset, Path(options.cache_dir))
         if ready is None:
+            # fewer, so that what is missing shows sooner
             self.model.attach_boxes(self.calib_loader.dataset, Path(options.cache_dir))
+        self.model.attach_boxes(self.dataloader.dataset, Path(options.cache_dir))
         return origin, ready
 
     def prepare(self, ready: Path | None) -> None:
@@ -228,24 +231,10 @@ class PTQLoop(TestLoop):
             check_hooks(self.runner.hooks, self.target, self.rules.choices)
             return
         manifest, self.rules = load_packed(ready, self.target)
-        self.check_same(ready, manifest)
+        own_weights = self.model.origin()['checkpoint'] if self.options.eval_fp else None
+        check_same(ready, manifest, self.recipe, own_weights)
         self.errors = {path: QuantizationError.from_plain(error) for path, error in manifest['errors'].items()}
         self.size_mb['packed'] = megabytes(packed_size(ready))
-
-    def check_same(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Refuse a packed checkpoint of another recipe, or of other weights than the float row of the table."""
-        recipe = self.recipe.plain()
-        # parsed, so that what later versions have added counts as its default
-        packed = parse_quant_config(manifest['recipe'], str(folder / MANIFEST)).plain()
-        if differing := [key for key in recipe if packed[key] != recipe[key]]:
-            raise AssetError(
-                f'{folder}: made with another recipe than {self.options.quant}, they differ in '
-                f'{", ".join(differing)}; name the recipe and options that it was made with'
-            )
-        if self.options.eval_fp and manifest['origin']['checkpoint'] != self.model.origin()['checkpoint']:
-            raise AssetError(
-                f'{folder}: made from other weights than {self.target.checkpoint}; leave out --eval-fp, or name those'
-            )
 
     def origin(self) -> dict[str, Any]:
         """What a quantized model depends on; a resumed run must agree in all of it."""
@@ -257,39 +246,13 @@ class PTQLoop(TestLoop):
             **self.model.origin(),
         )
 
-    def find_resumable(self, origin: dict[str, Any]) -> Path | None:
-        """The packed checkpoint that an earlier run left, if resuming was asked for and there is one.
-
-        Raises:
-            ConfigError: it was made under other conditions.
-        """
-        packed = self.work_dir / 'packed'
-        if not self.options.resume or not (packed / MANIFEST).is_file():
-            return None
-        earlier = read_manifest(packed)['origin']
-        if differing := [key for key in origin if earlier.get(key) != origin[key]]:
-            raise ConfigError(
-                f'--resume: {packed} differs from this run in {", ".join(differing)}; '
-                'run without --resume or with another --work-dir'
-            )
-        self.runner.logger.info(f'resume: calibrated model from {packed}')
-        return packed
-
     def calibrate(self, origin: dict[str, Any]) -> None:
         """Set the parameters of all quantizers, or take them from an interrupted run that was to be reconstructed.
 
         Args:
             origin: what they depend on.
-
-        Raises:
-            ConfigError: an image would reach the observers of the decoder in several pieces.
         """
-        calibration, chunk = self.recipe.calibration, self.model.options.chunk_size
-        if calibration.max_boxes > chunk:
-            raise ConfigError(
-                f'calibration.max_boxes={calibration.max_boxes} is more than model.test_cfg.chunk_size={chunk}: '
-                'observers would see an image in pieces; make the two equal'
-            )
+        calibration = self.recipe.calibration
         stage = ReconstructionStage(self.recipe, self.work_dir / 'reconstruction', origin)
         reconstructed = self.recipe.reconstruction is not None
         resumed = reconstructed and self.options.resume and decided_by_main(lambda: stage.load_calibrated(self.target))

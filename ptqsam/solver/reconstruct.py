@@ -1,7 +1,8 @@
 """Stage `reconstruct`: what the loop has to do around the reconstruction engine; the calibrated model on disk."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,15 +104,18 @@ class ReconstructionStage:
         Raises:
             ConfigError: no prompts, or no room for activations.
         """
-        assert self.recipe.reconstruction is not None
-        settings = self.recipe.reconstruction.cache
         for quantizer in act_quantizers(target):
             if quantizer.ch_axis is not None and quantizer.ch_axis >= 0:
                 raise ConfigError(
                     f'{quantizer.path}: ch_axis is {quantizer.ch_axis}, but reconstruction draws positions, which '
                     'changes the axes before the channels; count it from the end'
                 )
-        samples = draw_samples(model, batches, self.recipe)
+        with first_pass(model):
+            return self._run(model, target, draw_samples(model, batches, self.recipe), call_hook)
+
+    def _run(self, model: Any, target: nn.Module, samples: list[Sample], call_hook: Any) -> Reconstructor:
+        assert self.recipe.reconstruction is not None
+        settings = self.recipe.reconstruction.cache
         device = samples[0].image.device
         store = settings.store
         if store == 'auto':
@@ -125,6 +129,17 @@ class ReconstructionStage:
         )
         engine.run()
         return engine
+
+
+@contextmanager
+def first_pass(model: Any) -> Iterator[None]:
+    """Let a model with a cascade decode once: a unit that runs several times has no one input to learn from."""
+    options = model.options
+    model.options = replace(options, cascade=0)
+    try:
+        yield
+    finally:
+        model.options = options
 
 
 def check_reconstruction(recipe: QuantConfig) -> None:

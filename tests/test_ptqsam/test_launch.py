@@ -99,8 +99,7 @@ def test_a_process_that_fails_stops_the_other_with_its_words(scenes, tmp_path):
     assert not (tmp_path / 'run/result.json').exists()
 
 
-@pytest.mark.parametrize('killed', [0, 1])
-def test_a_process_that_is_killed_stops_the_other(tiny, tmp_path, killed):
+def test_the_main_process_is_killed(tiny, tmp_path):
     recipe = ROOT / 'exp/qdrop/w4a4.yaml'
     command = ('tiny.py', recipe, '--work-dir', tmp_path / 'run', '--launcher', 'pytorch')
     many = ('--quant-options', 'calibration.num_images=3', 'reconstruction.iters=100000')
@@ -108,16 +107,35 @@ def test_a_process_that_is_killed_stops_the_other(tiny, tmp_path, killed):
     deadline = time.monotonic() + 120
     while not (tmp_path / 'run/reconstruction/calibrated.safetensors').exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    processes[killed].send_signal(signal.SIGKILL)
-    if killed == 1:
-        # the main process learns alone, and notices when it wants to share what it has learned
-        processes[0].send_signal(signal.SIGINT)
-    results = finish_processes(processes, 120)
-    assert results[killed][0] == -signal.SIGKILL
-    code, _, err = results[1 - killed]
-    assert (code, 'Traceback' in err) == (130 if killed == 1 else 1, False)
-    if killed == 0:
-        assert 'error: another process ended without a word' in err
+    processes[0].send_signal(signal.SIGKILL)
+    (killed, _, _), (code, _, err) = finish_processes(processes, 120)
+    assert (killed, code, 'Traceback' in err) == (-signal.SIGKILL, 1, False)
+    assert 'error: another process ended without a word' in err
+
+
+KILLED = """
+import os, signal, sys, time
+from mmengine.dist import all_gather_object, is_main_process
+from ptqsam.cli import exit_code_of
+from ptqsam.launch import together
+
+def run():
+    with together('pytorch'):
+        if not is_main_process():
+            os.kill(os.getpid(), signal.SIGKILL)
+        all_gather_object('waits for ever')
+    return 0
+
+sys.exit(exit_code_of(run, False, ''))
+"""
+
+
+def test_another_process_is_killed(tmp_path):
+    (tmp_path / 'killed.py').write_text(KILLED)
+    first, second = finish_processes(start_processes(2, cwd=tmp_path, program=tmp_path / 'killed.py'), 120)
+    assert (first[0], second[0]) == (1, -signal.SIGKILL)
+    assert first[2].endswith('; look at its output, then run again with --resume\n')
+    assert 'Traceback' not in first[2]
 
 
 def test_what_all_find_wrong_is_said_once(tiny):
@@ -125,6 +143,13 @@ def test_what_all_find_wrong_is_said_once(tiny):
     results = finish_processes(start_processes(2, *command, cwd=tiny), 120)
     assert [code for code, _, _ in results] == [2, 2]
     assert ''.join(err for _, _, err in results).count("unknown key 'bits.wieght'") == 1
+
+
+def test_torchrun_without_the_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ConfigError, match=r'torchrun started 2 processes.*add --launcher pytorch'), together('none'):
+        pass
 
 
 @pytest.mark.parametrize(('launcher', 'says'), [('pytorch', 'torchrun'), ('slurm', 'srun')])

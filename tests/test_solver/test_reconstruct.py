@@ -14,6 +14,7 @@ from ptqsam.reconstruction import optimise
 from ptqsam.reconstruction.optimise import Optimiser
 from ptqsam.registry import SOLVER_HOOKS
 from ptqsam.solver.freeze import violations
+from tests.tiny import ROOT
 
 RECIPE = """
 _base_: {base}
@@ -152,3 +153,13 @@ def test_a_loss_that_does_not_exist_is_named(tiny, tmp_path, capsys):
     recipe = write_recipe(tmp_path, tiny, ', loss: {type: SquaredErro}')
     assert run(tiny, recipe, tmp_path / 'w') == 2
     assert "did you mean 'SquaredError'?" in last_error(capsys)
+
+
+@pytest.mark.parametrize('option', ['cascade=1', 'multimask=True'])
+def test_variants_of_prompting_are_reconstructed(tiny, tmp_path, option):
+    """A cascade learns on its first pass, and is evaluated with all of them."""
+    recipe = ROOT / 'exp/ahcq_sam/w4a4.yaml'
+    few = ['calibration.num_images=2', 'calibration.max_boxes=2', 'reconstruction.iters=2']
+    command = [tiny / 'tiny.py', recipe, '--cfg-options', f'model.test_cfg.{option}', '--quant-options', *few]
+    assert main([*map(str, command), '--work-dir', str(tmp_path)]) == 0
+    assert main([*map(str, command), '--dry-run']) == 0
