@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program's name, default `sys.argv`.
 
     Returns:
-        Exit code: 0 complete, 2 bad usage or config, 3 something is missing.
+        Exit code: 0 complete, 2 bad usage or config, 3 something is missing or wrong.
     """
     args = parse_args(argv)
     rows = package_rows()
@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(found))
         stops = [row for row in found if row.stops]
         recipe = f' with {Path(args.quant_config)}' if args.quant_config else ''
-        print(f'\n{Path(args.model_config)}{recipe}: {f"{len(stops)} missing, see above" if stops else "complete"}')
+        problems = f'{len(stops)} problem{"s" * (len(stops) > 1)}, see above'
+        print(f'\n{Path(args.model_config)}{recipe}: {problems if stops else "complete"}')
         return AssetError.exit_code if stops else 0
 
     return exit_code_of(tool, False, 'end other programs; this one needs little')

@@ -236,6 +236,16 @@ def _unpack_one(content: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -
                 file.write(chunk)
 
 
+def is_coco(root: Path) -> bool:
+    """Whether a folder is, by its name, one that `tools/download.py` fills."""
+    return root.name == 'coco'
+
+
+def data_option(root: Path) -> str:
+    """What lets `tools/download.py` fill a folder of COCO; '' where it would in any case."""
+    return '' if root.absolute() == coco_root().absolute() else f' --data {root.parent}'
+
+
 def fetch_advice(path: str | os.PathLike) -> str:
     """Command that fetches a file of COCO that is missing, or '' where the file is of no such data set.
 
@@ -245,9 +255,9 @@ def fetch_advice(path: str | os.PathLike) -> str:
     path = Path(path)
     root = path.parent.parent
     archive = next((a for a in ARCHIVES.values() if a.folder == path.parent.name), None)
-    if archive is None or root.name != 'coco' or not re.fullmatch(archive.files, path.name):
+    if archive is None or not is_coco(root) or not re.fullmatch(archive.files, path.name):
         return ''
-    folder = '' if root.absolute() == coco_root().absolute() else f' --data {root.parent}'
+    folder = data_option(root)
     command = f'fetch it with `python tools/download.py {archive.name}{folder}`'
     alone = {
         'coco_train': f', or with `coco --subset 0{folder}` what calibrates alone',

@@ -30,6 +30,7 @@ class Checkpoint:
         licence: SPDX name.
         what: one line for people.
         size: bytes, or None where the publisher does not state it.
+        other_name: file name that the configs of PTQ4SAM and those before and after it give it, or ''.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Checkpoint:
     licence: str
     what: str
     size: int | None = None
+    other_name: str = ''
 
     def problem(self, path: Path, verify: bool = True) -> str | None:
         """Say what is wrong with a file that claims to be this checkpoint.
@@ -86,9 +88,11 @@ _MMDET_URL = 'https://download.openmmlab.com/mmdetection/v2.0/'
 _HDETR_URL = 'https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/'
 
 
-def _official(name: str, folder: str, file: str, what: str, sha256: str, size: int | None = None) -> Checkpoint:
+def _official(
+    name: str, folder: str, file: str, what: str, sha256: str, size: int | None = None, other_name: str = ''
+) -> Checkpoint:
     """A checkpoint with its official URL as the only source."""
-    return Checkpoint(name, file, (Url(folder + file),), sha256, 'Apache-2.0', what, size)
+    return Checkpoint(name, file, (Url(folder + file),), sha256, 'Apache-2.0', what, size, other_name)
 
 
 _MOBILE_SAM = Checkpoint(
@@ -135,10 +139,11 @@ _DINO_FOCALNET_L = Checkpoint(
     sha256='',
     licence='Apache-2.0',
     what='DINO, FocalNet-L (FL4), Objects365 then COCO',
+    other_name='focalnet_l_dino.pth',
 )
 
 
-def _hdetr(name: str, backbone: str, what: str, queries: str = '') -> Checkpoint:
+def _hdetr(name: str, backbone: str, what: str, other_name: str, queries: str = '') -> Checkpoint:
     """A checkpoint of H-Deformable-DETR."""
     return Checkpoint(
         name,
@@ -147,6 +152,7 @@ def _hdetr(name: str, backbone: str, what: str, queries: str = '') -> Checkpoint
         sha256='',
         licence='MIT',
         what=what,
+        other_name=other_name,
     )
 
 
@@ -157,11 +163,26 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         _official('sam_vit_l', _SAM_URL, 'sam_vit_l_0b3195.pth', 'SAM, ViT-L', _SAM_SHA256['l']),
         _official('sam_vit_h', _SAM_URL, 'sam_vit_h_4b8939.pth', 'SAM, ViT-H', _SAM_SHA256['h'], 2_564_550_879),
         _MOBILE_SAM,
-        _official('faster_rcnn_r50', _FASTER_RCNN_URL, _FASTER_RCNN_FILE, 'Faster R-CNN R50 FPN, 2x, COCO', 'a5d8aa15'),
-        _official('yolox_l', _YOLOX_URL, _YOLOX_FILE, 'YOLOX-L, 300 epochs, COCO', 'd3bd2b23'),
-        _hdetr('hdetr_r50', 'r50', 'H-Deformable-DETR R50, COCO'),
-        _hdetr('hdetr_swin_t', 'swin_tiny', 'H-Deformable-DETR Swin-T, COCO'),
-        _hdetr('hdetr_swin_l', 'decay0.05_drop_path0.5_swin_large', 'H-Deformable-DETR Swin-L, COCO', 'n900_'),
+        _official(
+            'faster_rcnn_r50',
+            _FASTER_RCNN_URL,
+            _FASTER_RCNN_FILE,
+            'Faster R-CNN R50 FPN, 2x, COCO',
+            'a5d8aa15',
+            other_name='faster_rcnn_r50.pth',
+        ),
+        _official(
+            'yolox_l', _YOLOX_URL, _YOLOX_FILE, 'YOLOX-L, 300 epochs, COCO', 'd3bd2b23', other_name='yolox_l.pth'
+        ),
+        _hdetr('hdetr_r50', 'r50', 'H-Deformable-DETR R50, COCO', 'r50_hdetr.pth'),
+        _hdetr('hdetr_swin_t', 'swin_tiny', 'H-Deformable-DETR Swin-T, COCO', 'swin_t_hdetr.pth'),
+        _hdetr(
+            'hdetr_swin_l',
+            'decay0.05_drop_path0.5_swin_large',
+            'H-Deformable-DETR Swin-L, COCO',
+            'swin_l_hdetr.pth',
+            queries='n900_',
+        ),
         _DINO_FOCALNET_L,
     )
 }
@@ -190,14 +211,45 @@ def find_checkpoint(name: str, others: Sequence[str] = ()) -> Checkpoint:
     raise ConfigError(f"unknown checkpoint '{name}'{meant}; known are {', '.join(known)}")
 
 
+def official(path: str | os.PathLike) -> Checkpoint | None:
+    """The official checkpoint of this file name."""
+    return next((known for known in CHECKPOINTS.values() if known.file_name == Path(path).name), None)
+
+
 def fetch_command(path: str | os.PathLike) -> str:
     """Command that fetches a checkpoint to where a config looks for it, or '' where no official one has this name."""
+    known, folder = official(path), Path(path).parent
+    if known is None:
+        return ''
+    root = '' if folder.absolute() == checkpoint_root().absolute() else f' --root {folder}'
+    return f'python tools/download.py {known.name}{root}'
+
+
+def copy_beside(path: str | os.PathLike) -> Path | None:
+    """File in the same folder that holds an official checkpoint under its other name.
+
+    Args:
+        path: where a config looks for the checkpoint.
+
+    Returns:
+        The file, if size and hash are as they should be, as far as they are published; or None.
+    """
+    known = official(path)
+    if known is None or not known.other_name:
+        return None
+    copy = Path(path).with_name(known.other_name)
+    return copy if file_size(copy) and not known.problem(copy, verify=False) else None
+
+
+def how_to_get(path: str | os.PathLike) -> str:
+    """What to do for a file of weights that is missing or of no use; completes a sentence."""
     path = Path(path)
-    for checkpoint in CHECKPOINTS.values():
-        if checkpoint.file_name == path.name:
-            folder = '' if path.parent.absolute() == checkpoint_root().absolute() else f' --root {path.parent}'
-            return f'python tools/download.py {checkpoint.name}{folder}'
-    return ''
+    command, there = fetch_command(path), path.exists()
+    if not there and (copy := copy_beside(path)):
+        return f'run `ln -s {copy.name} {path}`'
+    if not command:
+        return 'get the file again from its source' if there else 'correct the path or put the file there'
+    return f'delete it and run `{command}`' if there else f'run `{command}`'
 
 
 def fetch(name: str, root: str | os.PathLike | None = None, progress: bool = True, verify: bool = False) -> Path:

@@ -18,7 +18,7 @@ from mmengine.logging import MMLogger
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ptqsam.download import CHECKPOINTS, checkpoint_root
+from ptqsam.download import how_to_get, official
 from ptqsam.errors import AssetError
 
 _ZIP_START = b'PK\x03\x04'
@@ -101,15 +101,15 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         with open(path, 'rb') as file:
             start = file.read(512)
     except FileNotFoundError:
-        raise AssetError(f'{path}: no such file; {_how_to_get(path)}') from None
+        raise AssetError(f'{path}: no such file; {how_to_get(path)}') from None
     except OSError as error:
         raise AssetError(f'{path}: cannot be read ({error.strerror})') from None
     if not start:
-        raise AssetError(f'{path}: empty file; {_how_to_get(path)}')
+        raise AssetError(f'{path}: empty file; {how_to_get(path)}')
     if start.startswith(_LFS_START):
-        raise AssetError(f'{path}: a Git LFS pointer in place of the file; run `git lfs pull`, or {_how_to_get(path)}')
+        raise AssetError(f'{path}: a Git LFS pointer in place of the file; run `git lfs pull`, or {how_to_get(path)}')
     if _MARKUP.match(start):
-        raise AssetError(f'{path}: a web page saved under the name of a checkpoint; {_how_to_get(path)}')
+        raise AssetError(f'{path}: a web page saved under the name of a checkpoint; {how_to_get(path)}')
     # a header length and JSON: the content counts, not the suffix
     return _load_safetensors(path) if start[8:9] == b'{' else _load_torch(path, start)
 
@@ -261,7 +261,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path, device='cpu')
     except (SafetensorError, OSError, ValueError) as error:
-        raise AssetError(f'{path}: truncated or damaged safetensors file ({error}); {_how_to_get(path)}') from None
+        raise AssetError(f'{path}: truncated or damaged safetensors file ({error}); {how_to_get(path)}') from None
 
 
 def _explain(path: Path, start: bytes, error: Exception) -> AssetError:
@@ -277,10 +277,10 @@ def _explain(path: Path, start: bytes, error: Exception) -> AssetError:
         )
     if start.startswith((_ZIP_START, _LEGACY_START)):
         size = path.stat().st_size
-        official = next((c for c in CHECKPOINTS.values() if c.file_name == path.name and c.size), None)
-        of = f' of {official.size:,}' if official and official.size != size else ''
-        return AssetError(f'{path}: truncated, damaged or no checkpoint ({size:,}{of} bytes); {_how_to_get(path)}')
-    return AssetError(f'{path}: not a checkpoint (neither written by torch.save nor safetensors); {_how_to_get(path)}')
+        known = official(path)
+        of = f' of {known.size:,}' if known and known.size not in (None, size) else ''
+        return AssetError(f'{path}: truncated, damaged or no checkpoint ({size:,}{of} bytes); {how_to_get(path)}')
+    return AssetError(f'{path}: not a checkpoint (neither written by torch.save nor safetensors); {how_to_get(path)}')
 
 
 def _refused_global(path: Path) -> str | None:
@@ -335,13 +335,3 @@ def _unwrapped(state: dict[str, Tensor], path: str | os.PathLike) -> dict[str, T
     # the module's own entry is called 'module', without a point
     inner._metadata = {f'{name}.'[len(_WRAPPER) : -1]: value for name, value in versions.items() if name}
     return inner
-
-
-def _how_to_get(path: Path) -> str:
-    """What to do for a whole file."""
-    for checkpoint in CHECKPOINTS.values():
-        if checkpoint.file_name == path.name:
-            folder = '' if path.parent.absolute() == checkpoint_root().absolute() else f' --root {path.parent}'
-            first = 'delete it and ' if path.exists() else ''
-            return f'{first}run `python tools/download.py {checkpoint.name}{folder}`'
-    return 'get the file again from its source' if path.exists() else 'correct the path or put the file there'

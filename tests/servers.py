@@ -1,5 +1,6 @@
 """A web server on this machine that behaves well, badly, or not at all, for tests of downloads."""
 
+import hashlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ptqsam import sources
+
+MODEL = bytes(range(256)) * 4096 + b'end'
+MODEL_SHA256 = hashlib.sha256(MODEL).hexdigest()
 
 
 @dataclass
@@ -90,6 +94,14 @@ def serve(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> Iterator[
         httpd.shutdown()
         httpd.server_close()
         thread.join()
+
+
+@contextmanager
+def serve_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Serve one file, `MODEL`; the state's `url` is its address."""
+    with serve(monkeypatch, {'/model.pth': MODEL}) as state:
+        state.url += '/model.pth'
+        yield state
 
 
 def closed_port() -> int:

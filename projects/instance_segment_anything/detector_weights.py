@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ptqsam.download import how_to_get
 from ptqsam.errors import AssetError
-from ptqsam.weights import find_state_dict, load_state_dict, read_checkpoint, tell
+from ptqsam.weights import Misfits, find_state_dict, load_state_dict, read_checkpoint, tell
 
 from .sam import describe_sam
 
@@ -54,6 +55,7 @@ _TRANSFORMERS = {
 _LETTERS = {(96, 6): 'T', (96, 18): 'S', (128, 18): 'B', (192, 18): 'L'}  # the same for both
 _PATCHES = re.compile(r'(patch_embed|stem)\.proj(ection)?\.weight$')
 _THIRD_STAGE = re.compile(r'(?:layers|stages)[._]2\.blocks\.(\d+)\.')
+_ADVICE = 'give the weights of that detector (`python tools/download.py --list`) or change model.detector'
 
 
 def load_detector_weights(model: nn.Module, path: str) -> None:
@@ -69,17 +71,19 @@ def load_detector_weights(model: nn.Module, path: str) -> None:
         path: a checkpoint, see ``ptqsam.weights.read_checkpoint``.
 
     Raises:
-        AssetError: missing, damaged or unsafe file, or weights of another detector (the message says of which).
+        AssetError: missing, damaged or unsafe file, not all weights, or those of another detector (the message says of
+            which).
     """
     state = _choose_weights(read_checkpoint(path), path)
     try:
         renamed = model.from_official(state) if hasattr(model, 'from_official') else state
     except (KeyError, IndexError, ValueError, RuntimeError) as error:  # names as expected, with other shapes
-        raise _refusal(model, state, path, f'cannot be renamed ({" ".join(str(error).split())})') from None
+        reason = f'cannot be renamed ({" ".join(str(error).split())})'
+        raise AssetError(f'{path}: {_of_another(model, state)}; {reason}') from None
     misfits = load_state_dict(model, renamed, str(path), _NOT_WEIGHTS)
     # a ResNet-101 has all that a ResNet-50 needs
     if misfits.missing or misfits.shapes or _further_layers(misfits.unexpected, model):
-        raise _refusal(model, state, path, str(misfits))
+        raise AssetError(f'{path}: {_say_misfits(model, state, renamed, misfits, path)}')
     if misfits.unexpected:
         tell(f'{path}: {misfits}, of which {type(model).__name__} makes no use')
 
@@ -105,13 +109,25 @@ def _further_layers(names: Iterable[str], model: nn.Module) -> bool:
     return any(_NUMBER.sub('#', name) in known for name in names)
 
 
-def _refusal(model: nn.Module, state: Mapping[str, Tensor], path: str, reason: str) -> AssetError:
-    found = describe_detector(state) or 'no detector that is known here'
+def _say_misfits(
+    model: nn.Module, state: Mapping[str, Tensor], renamed: Mapping[str, Tensor], misfits: Misfits, path: str
+) -> str:
+    """What is wrong with a file, in names of tensors only where the file is of the same network."""
+    kind, weights = describe_detector(state), model.state_dict()
+    if describe_detector(renamed) != describe_detector(weights) or weights.keys().isdisjoint(renamed):
+        first = [f'; it lacks {name}' for name in misfits.missing] + [f'; {shapes}' for shapes in misfits.shapes]
+        return _of_another(model, state) + ''.join(first[:1])
+    kind = kind.removeprefix('a ') if kind else type(model).__name__
+    if not misfits.shapes and not _further_layers(misfits.unexpected, model):
+        return f'is an incomplete {kind}, {misfits}; {how_to_get(path)}'
+    return f'holds another {kind} than model.detector is; {_ADVICE}; {misfits}'
+
+
+def _of_another(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What a file holds in place of the weights of a model, and what to do."""
+    found = describe_detector(state) or f'no detector that is known here (its first tensor: {next(iter(state))})'
     wanted = f'{type(model).__name__}{_describe_backbone(model.state_dict())}'
-    return AssetError(
-        f'{path}: holds {found}, which does not fit model.detector ({wanted}); give the weights of that detector '
-        f'(`python tools/download.py --list`) or change model.detector; {reason}'
-    )
+    return f'holds {found}, which does not fit model.detector ({wanted}); {_ADVICE}'
 
 
 def describe_detector(state: Mapping[str, Tensor]) -> str | None:

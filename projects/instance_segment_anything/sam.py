@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from mmdet.registry import MODELS
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor, nn
 
+from ptqsam.download import CHECKPOINTS, fetch_command
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.weights import load_state_dict_strict, load_weights
 
@@ -155,9 +157,18 @@ class SegmentAnything(nn.Module):
         if found != expected:
             raise AssetError(
                 f'{path}: holds {found or "no SAM weights"}, but the model is {expected}; '
-                'give the file of that size, or change model.sam.arch'
+                f'give the file of that size{_command(expected, path)}, or change model.sam.arch'
             )
         load_state_dict_strict(self, from_official(state), source=str(path))
+
+
+def _command(described: str | None, path: str) -> str:
+    """' (`command`)' that fetches the official weights of a model into the folder of a path, or ''."""
+    name = next((name for name in ARCHS if described == f"SAM '{name}'"), None)
+    if name is None:
+        return ''
+    known = CHECKPOINTS['mobile_sam' if name == 'mobile' else f'sam_{name}']
+    return f' (`{fetch_command(Path(path).with_name(known.file_name))}`)'
 
 
 def describe_sam(state: Mapping[str, Tensor]) -> str | None:

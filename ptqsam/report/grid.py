@@ -14,8 +14,9 @@ from typing import Any
 from ptqsam.errors import AssetError, ConfigError, PTQSAMError
 
 METRIC = 'segm_mAP'
-_SAMS = ('mobile-sam', 'sam-vit-b', 'sam-vit-l', 'sam-vit-h')
-_DETECTORS = ('faster-rcnn_r50', 'yolox-l', 'hdetr_r50', 'dino_focalnet-l')
+# in the order of the papers' tables
+SAMS = ('mobile-sam', 'sam-vit-b', 'sam-vit-l', 'sam-vit-h')
+DETECTORS = ('faster-rcnn_r50', 'yolox-l', 'hdetr_r50', 'dino_focalnet-l')
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read_cells(folder: Path) -> list[Cell]:
         raise ConfigError(f'{folder}: no run of exp/run_grid.sh in it')
     cells = [_read_cell(path) for path in runs]
     return sorted(
-        cells, key=lambda c: (_rank(_DETECTORS, c.detector), c.recipe, _rank(_SAMS, c.sam), _widths(c.bits), c.bits)
+        cells, key=lambda c: (_rank(DETECTORS, c.detector), c.recipe, _rank(SAMS, c.sam), _widths(c.bits), c.bits)
     )
 
 
@@ -88,7 +89,7 @@ def grid_table(cells: Sequence[Cell]) -> str:
         The table: mAP of the float models, of the quantized ones, and in parentheses what is lost; [1] at a run with
         published defects, which are named below, as are failed runs and the options that the runs had.
     """
-    sams = sorted({cell.sam for cell in cells}, key=lambda sam: _rank(_SAMS, sam))
+    sams = sorted({cell.sam for cell in cells}, key=lambda sam: _rank(SAMS, sam))
     bits = {sam: sorted({cell.bits for cell in cells if cell.sam == sam}, key=_widths) for sam in sams}
     heads = [text for sam in sams for text in (f'{_label(sam)} FP'.strip(), *map(str.upper, bits[sam]))]
     stamps = list(dict.fromkeys(cell.compat for cell in cells if cell.compat))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ptqsam.checkpoint import float_bytes
 from ptqsam.config import QuantConfig
+from ptqsam.download import how_to_get
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.estimate import Work, measure_machine, measure_work, memory_in_use, packed_bytes
 from ptqsam.modules.walk import act_quantizers
@@ -64,6 +65,28 @@ class Images:
         return self.wanted if self.dataset is None else len(self.dataset)
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a run costs as far as model and recipe tell.
+
+    Attributes:
+        float_size, packed_size: bytes of SAM.
+        encoder: work for one image.
+        decoder: work for one chunk of boxes.
+        rules: which quantizer goes where.
+        hooks: solver hooks, which have been shown the model.
+        plan: of the reconstruction, if there is one.
+    """
+
+    float_size: int
+    packed_size: int
+    encoder: Work
+    decoder: Work
+    rules: RuleBook
+    hooks: list[Any]
+    plan: Plan | None
+
+
 def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
     """Describe a run. The model is built on the meta device, so neither its weights nor its memory are needed.
 
@@ -90,9 +113,38 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
                 names, evaluation.names, drawn.num_images, drawn.seed, recipe.compat.first_images
             ),
         )
-    float_size = float_bytes(model.sam)
+    counts = known_counts(model, calibration)
+    if counts is None:
+        counts = [drawn.max_boxes] * (calibration.count or drawn.num_images)
+    costs = estimate_costs(model, recipe, counts)
+    rules = costs.rules
+    stages = {
+        'calibrate': (calibration, min(drawn.max_boxes, model.options.max_boxes)),
+        'evaluate': (evaluation, model.options.max_boxes),
+    }
+    sections = [
+        [f'recipe {run_label(recipe.algorithm, recipe.bits.resolved(), rules.bit_counts())}', rule_table(rules)],
+        hook_lines(recipe) + compat_lines(recipe) + reconstruction_lines(recipe, costs.plan),
+        [f'size   float {costs.float_size / 1e6:.1f} MB, packed about {costs.packed_size / 1e6:.1f} MB'],
+        data_lines(model, calibration, evaluation),
+        estimate_lines(model, stages, costs.encoder, costs.decoder, costs.float_size, costs.plan, costs.hooks),
+    ]
+    return '\n\n'.join('\n'.join(section) for section in sections if section)
+
+
+def estimate_costs(model: Any, recipe: QuantConfig, counts: Sequence[int]) -> Costs:
+    """Quantize a model on the meta device, check whether the recipe suits it, and find out what a run would cost.
+
+    Args:
+        model: detector-prompted SAM on the meta device; is quantized afterwards.
+        recipe: checked recipe.
+        counts: prompt boxes on each calibration image.
+
+    Raises:
+        ConfigError: a rule matches nothing, nothing is quantized, or hooks or settings do not suit the model.
+    """
+    float_size, rules = float_bytes(model.sam), RuleBook(recipe)
     hooks = [build_part(SOLVER_HOOKS, part.type, **part.kwargs()) for part in recipe.hooks]
-    rules = RuleBook(recipe)
     with torch.device('meta'):
         quantize_model(model.sam, rules)
     check_hooks(hooks, model.sam, rules.choices)
@@ -101,24 +153,9 @@ def describe_run(config: Config, recipe: QuantConfig, limit: int | None) -> str:
     packed_size = packed_bytes(model.sam)
     with copies_counted(model.sam):
         encoder, decoder = encoder_work(model), decoder_work(model)
-        counts = known_counts(model, calibration)
-        if counts is None:
-            counts = [drawn.max_boxes] * (calibration.count or drawn.num_images)
         with first_pass(model):
             plan = plan_reconstruction(model, recipe, counts, torch.device(get_device()))
-
-    stages = {
-        'calibrate': (calibration, min(drawn.max_boxes, model.options.max_boxes)),
-        'evaluate': (evaluation, model.options.max_boxes),
-    }
-    sections = [
-        [f'recipe {run_label(recipe.algorithm, recipe.bits.resolved(), rules.bit_counts())}', rule_table(rules)],
-        hook_lines(recipe) + compat_lines(recipe) + reconstruction_lines(recipe, plan),
-        [f'size   float {float_size / 1e6:.1f} MB, packed about {packed_size / 1e6:.1f} MB'],
-        data_lines(model, calibration, evaluation),
-        estimate_lines(model, stages, encoder, decoder, float_size, plan, hooks),
-    ]
-    return '\n\n'.join('\n'.join(section) for section in sections if section)
+    return Costs(float_size, packed_size, encoder, decoder, rules, hooks, plan)
 
 
 def hook_lines(recipe: QuantConfig) -> list[str]:
@@ -194,6 +231,11 @@ def forward_memory(device: torch.device, weights: int, encoder: Work, decoder: W
     return memory_in_use(device) + weights + OVERHEAD * max(encoder.peak, decoder.peak)
 
 
+def kept_by_hooks(hooks: Sequence[Any]) -> dict[str, int]:
+    """Bytes that solver hooks keep while they run the calibration images, as their `calibration_bytes` say."""
+    return {type(hook).__name__: kept for hook in hooks if (kept := getattr(hook, 'calibration_bytes', 0))}
+
+
 def data_lines(model: Any, calibration: Images, evaluation: Images) -> list[str]:
     """Images wanted and available, and what is missing."""
     lines = []
@@ -204,7 +246,7 @@ def data_lines(model: Any, calibration: Images, evaluation: Images) -> list[str]
     problems = [images.problem for images in (calibration, evaluation) if images.problem]
     for checkpoint in (model.sam.checkpoint, getattr(model.detector, 'checkpoint', None)):
         if checkpoint and not Path(checkpoint).is_file():
-            problems.append(f'{checkpoint}: no such checkpoint; get it with tools/download.py, or set PTQSAM_CKPT')
+            problems.append(f'{checkpoint}: no such checkpoint; {how_to_get(checkpoint)}, or set PTQSAM_CKPT')
     return lines + [f'missing: {problem}' for problem in problems]
 
 
@@ -254,14 +296,14 @@ def estimate_lines(
         weights: bytes of SAM.
         plan: of the reconstruction, if there is one.
         hooks: solver hooks; one that runs the calibration images itself says how often in its attribute
-            `calibration_passes`, and how much memory it needs for what it keeps in `calibration_bytes`.
+            `calibration_passes`.
     """
     device = torch.device(get_device())
     memory = forward_memory(device, weights, encoder, decoder)
     machine, chunk = measure_machine(device), model.options.chunk_size
     rows: list[tuple[str, ...]] = [('stage', 'images', 'boxes', 'time', 'memory')]
     before = {type(hook).__name__: passes for hook in hooks if (passes := getattr(hook, 'calibration_passes', 0))}
-    kept = {type(hook).__name__: getattr(hook, 'calibration_bytes', 0) for hook in hooks}
+    kept = kept_by_hooks(hooks)
     repeats = {**before, **dict.fromkeys(stages, 1)}
     for stage, times in repeats.items():
         images, most = stages['calibrate' if stage in before else stage]

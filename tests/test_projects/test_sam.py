@@ -156,7 +156,8 @@ def test_official_file_of_another_size(file_arch, model_arch, tmp_path):
         on_meta(model_arch).load_checkpoint(str(tmp_path / 'sam.pth'))
     assert str(error.value) == (
         f"{tmp_path / 'sam.pth'}: holds SAM '{file_arch}', but the model is SAM '{model_arch}'; "
-        'give the file of that size, or change model.sam.arch'
+        f'give the file of that size (`python tools/download.py sam_{model_arch} --root {tmp_path}`), '
+        'or change model.sam.arch'
     )
 
 

@@ -11,8 +11,11 @@ import pytest
 from ptqsam import check_assets, check_setup, sources
 from ptqsam.check_assets import asset_rows
 from ptqsam.check_setup import RANGES, Row, main, package_rows, parse_args, table
+from ptqsam.cli import main as dry_run
 from ptqsam.coco_files import ARCHIVES
 from ptqsam.coco_images import IMAGE_BYTES
+from ptqsam.download import CHECKPOINTS, how_to_get
+from ptqsam.errors import ConfigError
 from tests.coco_server import NAMES, annotations, picture
 from tests.tiny import ARCH, ROOT, write_pipeline
 
@@ -143,6 +146,38 @@ def test_wrong_and_partial_checkpoints(folders) -> None:
     assert row.state == 'missing' and row.found.endswith('mobile_sam.pt (7 bytes of a download are there)')
 
 
+def test_files_that_other_projects_have_under_other_names(folders) -> None:
+    ckpt, config = folders / 'ckpt', ROOT / 'configs/hdetr/hdetr_r50_sam-vit-b.py'
+    (ckpt / 'r50_hdetr.pth').parent.mkdir()
+    (ckpt / 'r50_hdetr.pth').write_bytes(b'weights')
+    path = ckpt / CHECKPOINTS['hdetr_r50'].file_name
+    rows = check(config)
+    row, command = rows['its checkpoint'], f'ln -s r50_hdetr.pth {path}'
+    assert row == Row('missing', 'its checkpoint', f'{path}, but r50_hdetr.pth lies there', command)
+    assert rows['disk, downloads'].found.startswith(f'{ckpt}: 375.0 MB, '), 'SAM alone'
+    assert how_to_get(path) == f'run `{command}`'
+    subprocess.run(command, shell=True, check=True)
+    assert check(config)['its checkpoint'] == Row('ok', 'its checkpoint', f'{path} (0.0 MB, hash not published)')
+
+
+def test_other_content_under_the_other_name_is_not_taken(folders) -> None:
+    ckpt, config = folders / 'ckpt', ROOT / 'configs/yolox/yolox-l_sam-vit-b.py'
+    ckpt.mkdir()
+    (ckpt / 'yolox_l.pth').write_bytes(b"Megvii's")
+    assert check(config)['its checkpoint'].advice == 'python tools/download.py yolox_l'
+    (ckpt / 'yolox_l.pth').rename(ckpt / CHECKPOINTS['yolox_l'].file_name)
+    row = check(config)['its checkpoint']
+    assert row.state == 'wrong' and row.found.endswith('not d3bd2b23')
+
+
+def test_detector_of_other_classes(tiny) -> None:
+    options = ['--cfg-options', 'model.detector=mmdet::yolox/yolox_tiny_8xb8-300e_coco.py']
+    rows = check(tiny / 'tiny.py', tiny / 'recipe.yaml', *options)
+    found = 'of the detector, 80, are not those of the data, 5'
+    assert rows['classes, evaluate'].found == rows['classes, calibrate'].found == found
+    assert {'classes, evaluate', 'classes, calibrate'} < set(stops(rows))
+
+
 def test_too_small_a_disk(folders, monkeypatch) -> None:
     usage = SimpleNamespace(free=1_400_000_000)
     monkeypatch.setattr(sources.shutil, 'disk_usage', lambda path: usage)
@@ -162,6 +197,26 @@ def test_little_memory_is_told_but_stops_nothing(tiny, monkeypatch) -> None:
     assert 'chunk_size' in rows['memory, calibrate and evaluate'].advice
 
 
+def test_memory_of_a_hook_is_that_of_the_dry_run(tiny, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr('ptqsam.hooks.condition_number.MEASURED_TOGETHER', 10**15)
+    monkeypatch.setattr('ptqsam.hooks.condition_number.measuring_bytes', lambda op: 10**12)
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\nhooks: [{{type: ConditionNumberReduction}}]\n')
+    row = check(tiny / 'tiny.py', recipe)['memory, ConditionNumberReduction']
+    assert row.state == 'tight'
+    assert dry_run([str(tiny / 'tiny.py'), str(recipe), '--dry-run']) == 0
+    (told,) = [line.split() for line in capsys.readouterr().out.split('\n') if line.startswith('ConditionN')]
+    assert float(row.found.split()[1]) == pytest.approx(float(told[-2]), rel=1e-2) and float(told[-2]) > 1000
+
+
+def test_hooks_that_undo_each_other_are_refused(tiny, tmp_path) -> None:
+    recipe = tmp_path / 'recipe.yaml'
+    hooks = '[{type: ScaleReparameterization}, {type: ConditionNumberReduction}]'
+    recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\nhooks: {hooks}\n')
+    with pytest.raises(ConfigError, match='list ConditionNumberReduction before ScaleReparameterization'):
+        check(tiny / 'tiny.py', recipe)
+
+
 def test_reconstruction_has_rows_of_its_own(tiny, tmp_path) -> None:
     recipe = tmp_path / 'recipe.yaml'
     text = f'_base_: {tiny / "recipe.yaml"}\nreconstruction: {{preset: fast, iters: 3, cache: {{store: disk}}}}\n'
@@ -178,6 +233,11 @@ def test_reconstruction_has_rows_of_its_own(tiny, tmp_path) -> None:
         (['configs/demo/demo.py', '--cfg-options', 'model.sam.archh=vit_b'], "no key 'model.sam.archh'"),
         (['configs/yolox/yolox-l_sam-vit-b.py', '--cfg-options', 'model.detector=mmdet::none.py'], 'cannot read this'),
         (['configs/demo/demo.py', '--cfg-options', 'model.type=Nothing'], 'cannot be built'),
+        (
+            ['configs/yolox/yolox-nano_mobile-sam.py', '--cfg-options', 'calib_dataset.type=None'],
+            'the data to calibrate: cannot be built',
+        ),
+        (['configs/demo/demo.py', 'exp/mse/w6a6.yaml', '--quant-options', 'calibration.max_boxes=999'], 'chunk_size'),
     ],
 )
 def test_bad_configs(folders, capsys, monkeypatch, words, message) -> None:
@@ -285,4 +345,7 @@ def test_tool(tiny) -> None:
 
 def test_exit_code_counts_what_is_missing(tiny, capsys) -> None:
     assert main([str(tiny / 'tiny.py')]) == 3
-    assert capsys.readouterr().out.splitlines()[-1] == f'{tiny}/tiny.py: 1 missing, see above'
+    assert capsys.readouterr().out.splitlines()[-1] == f'{tiny}/tiny.py: 1 problem, see above'
+    options = ['--cfg-options', 'model.sam.checkpoint=/none/sam.pth']
+    assert main([str(tiny / 'tiny.py'), *options]) == 3
+    assert capsys.readouterr().out.splitlines()[-1] == f'{tiny}/tiny.py: 2 problems, see above'

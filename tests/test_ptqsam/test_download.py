@@ -20,17 +20,15 @@ from ptqsam import sources
 from ptqsam.download import CHECKPOINTS, Checkpoint, checkpoint_root, fetch
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.sources import Package, Url
-from tests.servers import Server, closed_port, serve
+from tests.servers import MODEL as CONTENT
+from tests.servers import MODEL_SHA256 as SHA256
+from tests.servers import Server, closed_port, serve_model
 from tests.tiny import ROOT
-
-CONTENT = bytes(range(256)) * 4096 + b'end'
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with serve(monkeypatch, {'/model.pth': CONTENT}) as state:
-        state.url += '/model.pth'
+    with serve_model(monkeypatch) as state:
         yield state
 
 
@@ -71,6 +69,7 @@ def test_readme_of_ckpt_holds_the_table() -> None:
         facts = [checkpoint.file_name, str(checkpoint.sources[0]), checkpoint.sha256, checkpoint.licence]
         facts += [f'{checkpoint.size:,}'] if checkpoint.size else []
         assert [fact for fact in facts if fact not in row] == []
+        assert not checkpoint.other_name or f'\nln -s {checkpoint.other_name} {checkpoint.file_name}\n' in text
 
 
 def test_root_comes_from_argument_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:

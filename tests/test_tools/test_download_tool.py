@@ -1,6 +1,5 @@
 """tools/download.py: the command line, interruption, exit codes."""
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -13,17 +12,15 @@ from mmengine.config import Config
 
 from ptqsam.coco_files import ARCHIVES
 from ptqsam.download import CHECKPOINTS, fetch_command
-from tests.servers import Server, serve
+from tests.servers import MODEL as CONTENT
+from tests.servers import MODEL_SHA256 as SHA256
+from tests.servers import Server, serve_model
 from tests.tiny import ROOT, accept_interrupts
-
-CONTENT = bytes(range(256)) * 4096 + b'end'
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with serve(monkeypatch, {'/model.pth': CONTENT}) as state:
-        state.url += '/model.pth'
+    with serve_model(monkeypatch) as state:
         yield state
 
 
