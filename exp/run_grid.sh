@@ -15,12 +15,14 @@
 #   --print            print the table of what is there
 #
 # The same by environment: DETECTORS, SAMS, RECIPES, BITS, VARIANT, WORK_DIR, CONFIGS, EXP; and
-#   NPROC=4            so many processes, one GPU each, work on a cell together
-#   LAUNCH="srun -n 4" what stands before the command, here for `-- --launcher slurm`
+#   NPROC=4            so many processes, one GPU each, work on a cell together (docs/processes.md says at what)
+#   LAUNCH="srun -n 4" what stands before the command, here for `-- --launcher slurm`, without NPROC
 #   PYTHON=python3     default python of .venv, else of PATH
 #
 # Start it again after an interruption: finished cells stay, an unfinished one goes on. Several of these scripts may
-# share a work dir (one per GPU, by CUDA_VISIBLE_DEVICES): one of them works on a cell. A cell that fails stops no other.
+# share a work dir (one per GPU, by CUDA_VISIBLE_DEVICES): one of them works on a cell. A cell that fails stops no
+# other; error.txt in its folder says why, console.txt all that it said. What the machine lacks is better asked
+# before: tools/check_setup.py.
 # Exit code: 0 done, 1 cells failed, 2 bad usage, 130 interrupted.
 set -uo pipefail
 
@@ -65,6 +67,7 @@ parse() {
     done
     for name in "${extra[@]}"; do
         [[ $name != --work-dir* && $name != --resume && $name != --dry-run ]] || die "$name after --: this script sets it"
+        [[ $name != --launcher* || $NPROC == 1 ]] || die "NPROC=$NPROC starts torchrun; leave it out, or $name after --"
     done
     [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC='$NPROC' must be a number of processes"
     command -v flock > /dev/null || die 'flock is missing; install util-linux'
@@ -80,27 +83,51 @@ short() { printf '%s' "${1#"$PWD"/}"; }
 # words as a shell wants them, quoted where they have to be
 quoted() { echo "${@@Q}" | sed -E "s/'([A-Za-z0-9_.,:=\/+-]+)'/\1/g"; }
 
-names() { # what stands for * in a glob of files; for messages
-    local IFS= pattern=$1 file found=()
-    for file in $pattern; do
-        [[ ! -e $file ]] || found+=("$(basename "${file%.*}")")
+# names of the files of a glob, without ending
+names() { compgen -G "$1" | xargs -rd '\n' basename -a -s ".${1##*.}"; }
+
+# which detectors, SAMs or variants (1, 2, 3) are in the names of pipelines
+parts() { names "$1" | sed -nE "s/^(.+)_((mobile-)?sam[^_]*)(_(.+))?$/\\${2/3/5}/p" | sed '/^$/d'; }
+
+# Ends, unless the name is one of the lines of the input; the first one that is nearly it, or has it in it, is meant
+demand() { # what it is, its name and its place
+    local there other plain meant=''
+    mapfile -t there < <(sort -u)
+    plain=$(tr -dc '[:alnum:]' <<< "${2,,}")
+    for other in "${there[@]}"; do
+        [[ $other != "$2" ]] || return 0
+        [[ -z $plain || $(tr -dc '[:alnum:]' <<< "${other,,}") != *"$plain"* ]] || meant=${meant:-$other}
     done
-    echo "${found[@]}"
+    die "no $1 '$2' in $(short "$3")${meant:+ (did you mean '$meant'?)}; there: ${there[*]:-none}"
+}
+
+find_config() { # of a detector and a SAM, in $found
+    local name=$1_$2${VARIANT:+_$VARIANT}
+    found=("$CONFIGS"/*/"$name".py)
+    ((${#found[@]} < 2)) || die "$name is ambiguous: ${found[*]}"
+    [[ ! -f ${found[0]} ]] || return 0
+    demand detector "$1" "$CONFIGS" < <(parts "$CONFIGS/*/*.py" 1)
+    demand "SAM for $1" "$2" "$CONFIGS" < <(parts "$CONFIGS/*/$1_*.py" 2)
+    demand "variant of $1_$2" "${VARIANT:-none}" "$CONFIGS" < <(parts "$CONFIGS/*/$1_$2*.py" 3)
+}
+
+find_recipe() { # of an algorithm and bits
+    [[ ! -f $EXP/$1/$2.yaml ]] || return 0
+    [[ -d $EXP/$1 ]] ||
+        demand 'folder of recipes' "$1" "$EXP" < <(compgen -G "$EXP/*/w*a*.yaml" | sed -E 's|.*/(.*)/.*|\1|')
+    demand recipe "$2" "$EXP/$1" < <(names "$EXP/$1/*.yaml")
 }
 
 list_cells() {
-    local detector sam recipe bits name found
+    local detector sam recipe bits found
     for detector in $DETECTORS; do
         for sam in $SAMS; do
-            name=${detector}_$sam${VARIANT:+_$VARIANT}
-            found=("$CONFIGS"/*/"$name".py)
-            [[ -f ${found[0]} ]] || die "no pipeline $(short "$CONFIGS")/*/$name.py; there: $(names "$CONFIGS/*/$detector*")"
-            ((${#found[@]} == 1)) || die "$name is ambiguous: ${found[*]}"
+            find_config "$detector" "$sam"
             for recipe in $RECIPES; do
                 for bits in $BITS; do
-                    [[ -f $EXP/$recipe/$bits.yaml ]] ||
-                        die "no recipe $(short "$EXP")/$recipe/$bits.yaml; there: $(names "$EXP/$recipe/*.yaml")"
-                    cells+=("$(short "${found[0]}")"$'\t'"$(short "$EXP")/$recipe/$bits.yaml"$'\t'"$name/${recipe}_$bits")
+                    find_recipe "$recipe" "$bits"
+                    cells+=("${found[0]#"$PWD"/}"$'\t'"${EXP#"$PWD"/}/$recipe/$bits.yaml"$'\t')
+                    cells[-1]+=${detector}_$sam${VARIANT:+_$VARIANT}/${recipe}_$bits
                 done
             done
         done
@@ -136,10 +163,6 @@ reason() {
     echo "$line"
 }
 
-fail() {
-    failures+=("$1: $2")
-    echo "$1: $2" >&2
-}
 
 # The float model is the same in all cells of a pipeline, so its metrics are; the tool checks that they fit
 share_float() {
@@ -157,8 +180,11 @@ run_cell() {
     options=$(quoted "${extra[@]}")
     if [[ -f $folder/result.json ]]; then
         echo 'done already'
-        [[ $(cat "$folder/options.txt" 2> /dev/null) == "$options" ]] ||
-            fail "$cell" "error: made with other options ($(cat "$folder/options.txt" 2> /dev/null)); choose another --work-dir"
+        line=$(cat "$folder/options.txt" 2> /dev/null)
+        [[ $line == "$options" ]] && return
+        line="error: made with other options ($line); choose another --work-dir"
+        echo "$line"
+        failures+=("$cell: $line")
         return
     fi
     echo "$options" > "$folder/options.txt"
@@ -174,7 +200,7 @@ run_cell() {
     [[ $status == 0 && -f $folder/result.json ]] && return
     line=$(reason "$status" "$folder/console.txt")
     echo "$line" > "$folder/error.txt"
-    fail "$cell" "$line"
+    failures+=("$cell: $line")  # the tool itself has just said it
 }
 
 run() {
@@ -199,7 +225,7 @@ run() {
             exit 130
         fi
     done
-    echo && table
+    echo && table | grep -v '^- Failed: '  # they come below
     ((busy == 0)) || echo "cells left to another run: $busy"
     ((${#failures[@]} == 0)) && return
     printf '%s\n' "cells that failed: ${#failures[@]}" "${failures[@]}" >&2

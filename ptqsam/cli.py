@@ -77,7 +77,7 @@ def exit_code_of(tool: Callable[[], int], verbose: bool, less_memory: str, inter
             line = f'error: out of memory ({str(error).splitlines()[0]}); {less_memory}'
             return report_failure(line, ConfigError.exit_code)
         if lost_others(error):
-            return report_lost()
+            return report_lost(error)
         tell_others(f'error: {type(error).__name__}: {" ".join(str(error).split())}')
         raise
 

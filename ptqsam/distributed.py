@@ -1,9 +1,11 @@
 """Several processes: one decides for all, or each does its share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mmengine.dist import broadcast_object_list, get_dist_info, is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info, is_main_process
+
+from ptqsam.errors import ConfigError
 
 T = TypeVar('T')
 
@@ -30,6 +32,24 @@ def decided_by_main(decide: Callable[[], T]) -> T:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def demand_same(facts: Mapping[str, Any]) -> None:
+    """Refuse to go on where a process would work with something else than the main one.
+
+    Args:
+        facts: name -> value, of this process.
+
+    Raises:
+        ConfigError: in all processes; names the process and what differs.
+    """
+    everyone = all_gather_object(dict(facts))
+    for rank, theirs in enumerate(everyone):
+        if differing := [name for name, value in everyone[0].items() if theirs.get(name) != value]:
+            raise ConfigError(
+                f'process {rank} differs from the main one in {", ".join(differing)}; give all the same files, '
+                'options and environment (PTQSAM_CKPT, PTQSAM_DATA)'
+            )
 
 
 def own_block(count: int) -> range:

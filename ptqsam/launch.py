@@ -30,8 +30,8 @@ _KEY, _HEARD = 'ptqsam/failure', 'ptqsam/heard'
 _LOST = (
     'another process ended without a word (killed, or out of memory?); look at its output, then run again with --resume'
 )
-# what gloo and the store say of a peer that is gone
-_GONE = ('gloo', 'connection', 'socket', 'broken pipe', 'peer')
+# where gloo finds that a peer is gone
+_GONE = 'gloo/transport'
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def together(launcher: str) -> Iterator[None]:
     global _watch
     _watch = _Watch(store, rank, world_size)
     yield
+    dist.barrier()  # while others work, they may fail
     _watch.stop()
     dist.barrier()  # the store goes with the process that holds it
     dist.destroy_process_group()
@@ -112,15 +113,19 @@ def tell_others(line: str) -> None:
 
 def lost_others(error: BaseException) -> bool:
     """Whether an exception is what becomes of a process when another one has ended."""
-    text = str(error).lower()
-    return _watch is not None and isinstance(error, RuntimeError) and any(word in text for word in _GONE)
+    gone = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or _GONE in str(error)
+    return _watch is not None and isinstance(error, RuntimeError) and gone
 
 
-def report_lost() -> int:
-    """Stop because another process has ended; with its words, if it left any in time."""
+def report_lost(error: BaseException) -> int:
+    """Stop because another process has ended; with its words, if it left any in time.
+
+    Args:
+        error: what came of it here.
+    """
     assert _watch is not None
     _watch.wait_for_failure()
-    return _watch.fail(f'error: {_LOST}', 1)
+    return _watch.fail(f'error: {_LOST} ({" ".join(str(error).split())[:200]})', 1)
 
 
 class _Watch:
@@ -157,7 +162,7 @@ class _Watch:
         except RuntimeError:  # the store went with the process that held it
             first = mine
         if first.rank == self.rank:
-            print(line, file=sys.stderr, flush=True)
+            _print(line)
             self._linger()
         else:
             self._say(first, line)
@@ -186,7 +191,7 @@ class _Watch:
         """Say why this process stops; what all find out for themselves, as a wrong option, one says for all."""
         if first.line != own:
             reason = first.line.removeprefix('error: ')
-            print(f'stopped, because process {first.rank} failed: {reason}', file=sys.stderr, flush=True)
+            _print(f'stopped, because process {first.rank} failed: {reason}')
         with suppress(RuntimeError):
             self.store.add(_HEARD, 1)
 
@@ -198,15 +203,21 @@ class _Watch:
                 time.sleep(0.1)
 
 
+def _print(line: str) -> None:
+    """Print a line of its own, also where the progress bar of another process stands."""
+    print(f'\n{line}', file=sys.stderr, flush=True)
+
+
 _watch: _Watch | None = None
 
 
 def _check_torchrun() -> None:
     """Refuse to go on without torchrun's variables."""
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
-        if name not in os.environ:
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR'):
+        value = os.environ.get(name)
+        if value is None or not (value.isdigit() or name == 'MASTER_ADDR'):
             raise ConfigError(
-                f'--launcher pytorch: {name} is not set; '
+                f'--launcher pytorch: {name} is {"not set" if value is None else repr(value)}; '
                 'start with `torchrun --nproc_per_node=2 tools/test_quant.py ...`'
             )
 

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 
 from projects.instance_segment_anything import SegmentAnything
 from ptqsam.cli import check_key, load_model_config, parse_args
 from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.registry import SOLVER_HOOKS, build_part
+from ptqsam.solver.dry_run import estimate_costs
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.reconstruct import check_reconstruction
 from ptqsam.solver.rules import RuleBook
@@ -31,6 +33,7 @@ TELL = """
 python() { echo "python ${@@Q}"; }
 bash() { [[ " $* " == *' --print '* ]] || PYTHON=python command bash "$1" --dry-run "${@:2}"; }
 """
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=4']
 # where a line of options names no recipe
 SOME_RECIPE, SOME_CONFIG = 'exp/ptq4sam/w4a4.yaml', 'configs/yolox/yolox-l_sam-vit-b.py'
 DETECTORS = {'FRCNN': 'faster-rcnn_r50', 'YOLOX': 'yolox-l', 'H-DETR': 'hdetr_r50', 'DINO': 'dino_focalnet-l'}
@@ -79,8 +82,9 @@ def test_every_command_is_taken(text: str) -> None:
         assert done.returncode == 0, f'block at line {block.line}: {done.stderr}'
         commands += [shlex.split(line) for line in done.stdout.splitlines()]
     for command in commands:
-        assert command[:2] == ['python', 'tools/test_quant.py']
-        args = parse_args(command[2:])
+        tool = command.index('tools/test_quant.py')
+        assert command[0] == 'python' and command[1:tool] in ([], TORCHRUN)
+        args = parse_args(command[tool + 1 :])
         assert (ROOT / args.model_config).is_file(), args.model_config
         given = command[command.index('--quant-options') + 1 :] if '--quant-options' in command else []
         load(args.quant_config, shlex.join(given))
@@ -120,6 +124,17 @@ def test_every_option_in_the_text_is_taken(text: str) -> None:
             elif re.match(r'(configs|exp|tools)/', span):
                 assert (ROOT / span).exists(), span
     assert count > 5
+
+
+@pytest.mark.parametrize('recipe', ['brecq', 'qdrop', 'ptq4sam', 'ahcq_sam'])
+def test_the_default_recipes_go_with_a_cascade(recipe: str) -> None:
+    """The check that a dry run makes, with a small SAM in a cascade of the grid."""
+    config = load_model_config(str(ROOT / SOME_CONFIG.replace('.py', '_cascade.py')), {})
+    config.model.sam = dict(type='SegmentAnything', arch=ARCH, image_size=64)
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    assert model.options.cascade == 1
+    assert estimate_costs(model, load(f'exp/{recipe}/w4a4.yaml'), [16] * 32).plan is not None
 
 
 def test_links_lead_somewhere(text: str) -> None:

@@ -29,7 +29,7 @@ def test_description(declared: dict[str, Any]) -> None:
     packages = set(declared['packages'])
     assert {'ptqsam', 'ptqsam.quantizers', 'projects.instance_segment_anything', 'projects.detr_common'} <= packages
     # configs of detectors are found beside the code
-    assert {'projects.hdetr.configs', 'projects.focalnet_dino.configs'} <= packages
+    assert {f'projects.{name}.configs' for name in ('hdetr', 'focalnet_dino', 'detr_common')} <= packages
     assert {name.split('.')[0] for name in packages} == {'ptqsam', 'projects'}
 
 

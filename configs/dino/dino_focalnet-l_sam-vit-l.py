@@ -1,8 +1,3 @@
-_base_ = ['../_base_/runtime.py', '../_base_/coco.py', '../_base_/sam-vit-l.py']
+_base_ = './dino_focalnet-l_sam-vit-b.py'
 
-model = dict(
-    detector='projects.focalnet_dino::dino_focalnet-l_coco.py',
-    detector_checkpoint='{{$PTQSAM_CKPT:ckpt}}/focalnet_large_fl4_o365_finetuned_on_coco.pth',
-    # as published: the best boxes of an image, whatever their scores
-    test_cfg=dict(score_thr=0.0),
-)
+model = dict(sam=dict(arch='vit_l', checkpoint='{{$PTQSAM_CKPT:ckpt}}/sam_vit_l_0b3195.pth'))

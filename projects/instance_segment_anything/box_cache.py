@@ -18,7 +18,7 @@ from mmdet.structures import DetDataSample
 from mmengine.dist import all_gather_object, barrier, get_dist_info, is_main_process
 from mmengine.structures import InstanceData
 
-from ptqsam.distributed import decided_by_main
+from ptqsam.distributed import decided_by_main, demand_same
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.fileio import fingerprint, folder_lock, sha256_file, write_json
 from ptqsam.progress import progress_bar
@@ -35,6 +35,8 @@ _MAX_BOXES = 300
 _IMAGES_PER_TURN = 8
 # seconds between writes while the detector runs: what an interruption can cost
 _SAVE_EVERY = 60.0
+# and at least so many times as long as a write takes
+_WORK_PER_WRITE = 20.0
 
 Boxes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -55,7 +57,7 @@ def cached_boxes(detector: MMDetDetector, dataset: Any, cache_dir: str | Path, d
         The file. Its name and content depend on the detector's config, pipeline and weights, and on the annotation
         file, the classes and the image folder of the dataset; boxes of an image whose file has another size than when
         they were found are found again. ``detections`` in it is a list in COCO's results format. What has been found is
-        written about every minute, and when the work ends early.
+        written about every minute, and when the work ends early, unless it is another process that fails.
 
     Raises:
         AssetError: an image is missing or broken, the weights do not fit, or the file was tampered with.
@@ -63,6 +65,7 @@ def cached_boxes(detector: MMDetDetector, dataset: Any, cache_dir: str | Path, d
     """
     _check_classes(detector, dataset)
     path, key, made_with = _place(detector, dataset, cache_dir)
+    demand_same(dict(boxes=key))
     content: dict[str, Any] = {}  # in the main process
     with ExitStack() as stack:
 
@@ -175,6 +178,7 @@ def _place(detector: MMDetDetector, dataset: Any, cache_dir: str | Path) -> tupl
         # relative, so that a data set may be moved
         folder=os.path.relpath(dataset.data_prefix.get('img') or '.', dataset.data_root or '.'),
     )
+    made_with = json.loads(json.dumps(made_with))  # as it will be read: lists in place of tuples
     key = fingerprint(made_with)
     return Path(cache_dir) / f'boxes_{Path(dataset.ann_file).stem}_{key}.json', key, made_with
 
@@ -233,7 +237,9 @@ def _detect_missing(
                     if (start_of_write := time.monotonic()) >= next_save:
                         _write(path, content, fresh)
                         # the boxes of a whole data set take half a minute
-                        next_save = time.monotonic() + max(_SAVE_EVERY, 20 * (time.monotonic() - start_of_write))
+                        next_save = time.monotonic() + max(
+                            _SAVE_EVERY, _WORK_PER_WRITE * (time.monotonic() - start_of_write)
+                        )
                 bar.update(len(images))
     finally:
         detector.release()
@@ -279,25 +285,25 @@ def _say_why(path: Path, made_with: dict[str, Any]) -> None:
     """Say why boxes of this annotation file that are there already are of no use."""
     names = dict(annotations='other annotations', classes='other classes')
     for other in sorted(path.parent.glob(f'{path.name.rpartition("_")[0]}_*.json')):
-        with open(other, encoding='utf-8') as file:
-            start = file.read(1 << 20)  # what stands before the boxes
         try:
+            with open(other, encoding='utf-8') as file:
+                start = file.read(1 << 20)  # what stands before the boxes
             header = json.loads(start[: start.index(', "images": [')] + '}')
             theirs, ours = header['made_with']['detector'], made_with['detector']
             reasons = [words for name, words in names.items() if header['made_with'][name] != made_with[name]]
             same_weights, same_model = theirs['weights'] == ours['weights'], theirs['model'] == ours['model']
             older = header['format'] != _FORMAT
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        if older:
-            reasons = ['an older version of this program']
-        elif theirs != ours and same_weights:
-            reasons = ['these weights with another config or threshold']
-        elif theirs != ours and same_model:
-            reasons = ['this detector with other weights or another pipeline']
-        elif theirs != ours:
+        if theirs != ours and not same_weights and not same_model:
             continue  # of another detector nobody expects boxes
-        print(f'{other}: boxes of {[*reasons, "other images"][0]}; detecting anew', file=sys.stderr)
+        if theirs != ours and same_weights:
+            reasons.insert(0, 'these weights with another config or threshold')
+        elif theirs != ours:
+            reasons.insert(0, 'this detector with other weights or another pipeline')
+        if older:
+            reasons.insert(0, 'an older version of this program')
+        print(f'{other}: boxes of {" and ".join(reasons) or "other images"}; detecting anew', file=sys.stderr)
 
 
 def _check_writable(folder: Path) -> None:

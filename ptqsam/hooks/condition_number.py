@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ptqsam.checks import check_number, check_whole
 from ptqsam.condition_number import Spectrum, condition_number, lift_tail, project_spectrum
+from ptqsam.distributed import decided_by_main
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.evaluation.quantization_error import error_from_sums, error_sums
 from ptqsam.modules import QuantOp
@@ -144,7 +145,9 @@ class ConditionHook(Hook, ABC):
                 (loop.work_dir / name).unlink(missing_ok=True)
         layers = find_layers(loop.target)
         reports = {path: LayerCondition(measure(path, op.weight)) for path, op in layers.items()}
-        bad = {path: op for path, op in layers.items() if reports[path].before >= self.threshold}
+        # the last bits of a decomposition may differ between machines
+        chosen = decided_by_main(lambda: [path for path in layers if reports[path].before >= self.threshold])
+        bad = {path: layers[path] for path in chosen}
         if bad:
             settings = loop.recipe.calibration
             calibrate_activations(loop.model, loop.target, loop.calib_loader, settings.max_boxes, settings.seed)

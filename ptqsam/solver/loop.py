@@ -1,11 +1,11 @@
 """The loop: prepare -> calibrate -> freeze -> evaluate -> report. A test loop of mmengine's Runner."""
 
+import itertools
 import json
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ptqsam.checkpoint import (
     structure,
 )
 from ptqsam.config import parse_quant_config
-from ptqsam.distributed import decided_by_main
+from ptqsam.distributed import decided_by_main, demand_same
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
 from ptqsam.fileio import fingerprint, write_json
 from ptqsam.progress import progress
@@ -198,12 +198,14 @@ class PTQLoop(TestLoop):
         ready: Path | None
         if options.load:
             ready = Path(options.load)
+            demand_same(self.model.origin())
         else:
             check_calibration(self.recipe, self.model.options.chunk_size)
             self.calib_loader = build_calib_loader(
                 self.calib_dataset, self.recipe, self.evaluated_split, self.dataloader.num_workers, self.runner.logger
             )
             origin = self.origin()
+            demand_same(origin)
             ready = decided_by_main(lambda: find_packed(self.work_dir / 'packed', origin) if options.resume else None)
             if ready is not None:
                 self.runner.logger.info(f'resume: calibrated model from {ready}')
@@ -289,7 +291,7 @@ class PTQLoop(TestLoop):
 
         One process does.
         """
-        batches = islice(self.calib_loader, ERROR_IMAGES)
+        batches = itertools.islice(self.calib_loader, ERROR_IMAGES)
         self.errors |= measure_quantization_error(self.model, self.target, batches)
         if not self.recipe.compat.active:
             errors = {path: error.plain() for path, error in self.errors.items()}
@@ -307,9 +309,15 @@ class PTQLoop(TestLoop):
             evaluator=fingerprint(config.test_evaluator),
             data=data_identity(self.dataloader.dataset, config.test_dataloader.dataset),
         )
-        earlier = decided_by_main(lambda: json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None)
-        if self.options.resume and self.gallery is None and earlier and earlier['conditions'] == conditions:
-            return earlier['metrics']
+
+        def known() -> dict[str, float] | None:
+            if not self.options.resume or self.gallery is not None or not path.is_file():
+                return None
+            earlier = json.loads(path.read_text(encoding='utf-8'))
+            return earlier['metrics'] if earlier['conditions'] == conditions else None
+
+        if (metrics := decided_by_main(known)) is not None:
+            return metrics
         metrics = self.evaluate('fp')
         if is_main_process():
             write_json(path, dict(conditions=conditions, metrics=metrics))
@@ -332,6 +340,9 @@ class PTQLoop(TestLoop):
             if self.gallery is not None:
                 self.gallery.add(what, outputs)
             self.evaluator.process(data_samples=outputs, data_batch=batch)
+        if self.gallery is not None:
+            drawn = itertools.chain(*all_gather_object(self.gallery.pictures))
+            self.gallery.pictures = list(dict.fromkeys(drawn))
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
         return {key.split('/')[-1]: float(value) for key, value in metrics.items()}
 

@@ -31,6 +31,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import Tensor
 
+from tests.test_projects.layouts import Layout
 from tests.tiny import ROOT
 
 FOLDER = Path(os.environ.get('PTQSAM_DETECTORS', ROOT.parent / 'shared' / 'spec' / 'detectors'))
@@ -71,6 +72,10 @@ class Official:
     def golden(self) -> dict[str, np.ndarray]:
         with np.load(FOLDER / f'{self.name}.golden.npz') as arrays:
             return dict(arrays)
+
+    def shapes(self) -> Layout:
+        """Of all tensors of the official file."""
+        return {name: tuple(shape) for name, shape in self.manifest['tensors'].items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The entry `model` of the official file, with stand-in values; aliases share their tensor."""
@@ -143,6 +148,20 @@ def build_on_meta(config: str) -> DeformableDETR:
     """
     with DefaultScope.overwrite_default_scope('mmdet'), torch.device('meta'):
         return MODELS.build(Config.fromfile(ROOT / 'projects' / config).model)
+
+
+def check_layout(config: str, layout: Layout) -> None:
+    """Assert that a file with these tensors has every one of a detector, in its shape, and no other.
+
+    Args:
+        config: path inside `projects/`.
+        layout: official names.
+    """
+    model = build_on_meta(config)
+    renamed = model.from_official({name: torch.empty(shape, device='meta') for name, shape in layout.items()})
+    # official batch norms are frozen and count no batches
+    own = {name: value for name, value in model.state_dict().items() if 'num_batches' not in name}
+    assert {name: value.shape for name, value in renamed.items()} == {name: value.shape for name, value in own.items()}
 
 
 @torch.no_grad()

@@ -27,7 +27,8 @@ class CountingDetector:
         self.model, self.classes = 'm', None
 
     def identity(self):
-        return dict(model=self.model, pipeline=[], weights=self.name)
+        # as in configs: a tuple comes back from a file as a list
+        return dict(model=dict(type=self.model, scale=(1, 2)), pipeline=[], weights=self.name)
 
     def num_classes(self):
         return self.classes
@@ -292,7 +293,8 @@ def test_an_interruption_costs_nothing_that_was_found(dataset, tmp_path):
 
 def test_boxes_are_written_in_between(dataset, tmp_path, monkeypatch):
     """What a killed process leaves: nothing of the end of the work is done."""
-    monkeypatch.setattr('projects.instance_segment_anything.box_cache._SAVE_EVERY', 0.0)
+    for name in ('_SAVE_EVERY', '_WORK_PER_WRITE'):
+        monkeypatch.setattr(f'projects.instance_segment_anything.box_cache.{name}', 0.0)
     written = []
 
     class Watching(CountingDetector):

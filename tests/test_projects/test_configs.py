@@ -1,22 +1,18 @@
-"""Every shipped model config: complete, thin, buildable on the meta device, and a fit for its official checkpoints."""
+"""Every shipped model config: complete, thin, buildable on the meta device, and a fit for the official SAM."""
 
-import json
-import os
 import re
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.config import Config, ConfigDict
-from mmengine.registry import DefaultScope
+from mmengine.config import Config
 from segment_anything import sam_model_registry
 
 from projects.instance_segment_anything import DetectorPromptedSAM, OracleDetector, describe_sam
 from projects.instance_segment_anything.box_cache import check_limits
 from projects.scenes import CATEGORIES
 from ptqsam.download import CHECKPOINTS
+from ptqsam.report import grid
 from tests.tiny import ROOT
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').rglob('*') if path.is_file())
@@ -50,8 +46,6 @@ DETECTORS = {
 ALL_BOXES = ('hdetr', 'dino')
 # no official file is known for this one
 NOT_OFFICIAL = {'yolox_nano_mmdet.pth'}
-# tensor names and shapes of official detector files
-MANIFESTS = Path(os.environ.get('PTQSAM_DETECTORS', ROOT.parent / 'shared' / 'spec' / 'detectors'))
 
 
 @pytest.fixture
@@ -73,6 +67,8 @@ def test_exactly_the_expected_configs_are_there():
     expected |= {f'configs/hdetr/hdetr_swin-{size}_sam-vit-b.py' for size in 'tl'}
     assert set(CONFIGS) == expected
     assert len(GRID_CONFIGS) == 36
+    # in the table of exp/run_grid.sh, too
+    assert set(GRID) == set(grid.DETECTORS) and set(SAMS) == set(grid.SAMS)
     bases = {'coco', 'scenes', 'runtime', 'sam', *SAMS}
     assert set(FILES) - set(CONFIGS) == {f'configs/_base_/{base}.py' for base in bases}
 
@@ -140,28 +136,6 @@ def test_the_layout_of_sam_is_the_official_one(sam, load):
         ours = MODELS.build(load(f'configs/oracle/oracle_{sam}.py').model).sam
         official = sam_model_registry[SAMS[sam]]()
     assert shapes(ours.state_dict()) == shapes(official.state_dict())
-
-
-@pytest.mark.parametrize(('detector', 'manifest'), [('hdetr_r50', 'hdetr_r50'), ('dino_focalnet-l', 'focalnet_l_dino')])
-def test_the_official_file_fits_the_detector(detector, manifest, load):
-    """After renaming, every tensor of the model comes from the file in the right shape, and nothing is left over."""
-    official = read_manifest(manifest)
-    with torch.device('meta'):
-        config, _ = resolve(MODELS.build(load(f'configs/{GRID[detector][0]}/{detector}_sam-vit-b.py').model).detector)
-        with DefaultScope.overwrite_default_scope('mmdet'):
-            model = MODELS.build(ConfigDict(config))
-        state = {name: torch.empty(shape) for name, shape in official['tensors'].items()}
-    # counts of seen batches, which a batch norm without training has no use for
-    expected = {name: shape for name, shape in shapes(model.state_dict()).items() if 'num_batches' not in name}
-    assert shapes(model.from_official(state)) == expected
-
-
-@cache
-def read_manifest(name):
-    path = MANIFESTS / f'{name}.manifest.json'
-    if not path.is_file():
-        pytest.skip(f'no manifest of an official file in {MANIFESTS}; set PTQSAM_DETECTORS')
-    return json.loads(path.read_text())
 
 
 def shapes(state):

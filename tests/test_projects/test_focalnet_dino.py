@@ -6,28 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from projects.focalnet_dino import FocalNet
-from projects.instance_segment_anything.mmdet_detector import MMDetDetector
-from tests.test_projects.official import GROUPS, Official, build_on_meta, needed, observe
+from tests.test_projects import layouts
+from tests.test_projects.official import GROUPS, Official, build_on_meta, check_layout, needed
 
-CONFIG = 'focalnet_dino/configs/dino_focalnet-l_coco.py'
+CONFIG = 'projects.focalnet_dino::dino_focalnet-l_coco.py'
+FILE = 'focalnet_dino/configs/dino_focalnet-l_coco.py'
 OFFICIAL = Official('focalnet_l_dino')
 CASES = ('full', 'odd', 'pad')
-
-
-@pytest.fixture(scope='module')
-def detector(tmp_path_factory):
-    path = tmp_path_factory.mktemp('focalnet_dino') / 'official.pth'
-    OFFICIAL.write_checkpoint(path)
-    detector = MMDetDetector('projects.focalnet_dino::dino_focalnet-l_coco.py', str(path))
-    detector._build()
-    path.unlink()
-    yield detector
-    detector.release()
-
-
-@pytest.fixture(scope='module')
-def seen(detector):
-    return {case: observe(detector._model, OFFICIAL, case) for case in CASES}
 
 
 @needed
@@ -37,9 +22,13 @@ def test_computes_what_the_original_computes(group, case, seen):
     OFFICIAL.check(case, group, seen[case])
 
 
+def test_the_official_file_fits():
+    check_layout(FILE, layouts.dino_focalnet())
+
+
 @needed
 def test_every_official_name_goes_where_the_manifest_says():
-    model = build_on_meta(CONFIG)
+    model = build_on_meta(FILE)
     own, filled = model.state_dict(), set()
     places = {name: entry['to'] for name, entry in OFFICIAL.manifest['mmdet_map'].items()}
     for name, entry in OFFICIAL.manifest['timm_map'].items():
@@ -56,8 +45,13 @@ def test_every_official_name_goes_where_the_manifest_says():
     assert filled == set(own)
 
 
+@needed
+def test_the_layout_is_that_of_the_manifest():
+    assert layouts.dino_focalnet() == OFFICIAL.shapes()
+
+
 def test_linear_maps_become_convolutions():
-    model, weight = build_on_meta(CONFIG), torch.arange(12.0).reshape(4, 3)
+    model, weight = build_on_meta(FILE), torch.arange(12.0).reshape(4, 3)
     renamed = model.from_official({'backbone.0.layers.2.blocks.17.mlp.fc1.weight': weight})
     (name, convolution), *rest = renamed.items()
     assert name == 'backbone.body.layers_2.blocks.17.mlp.fc1.weight'
@@ -90,7 +84,7 @@ def test_outputs_are_normalised(small):
 
 
 def test_settings_of_the_backbone():
-    modules = list(build_on_meta(CONFIG).backbone.modules())
+    modules = list(build_on_meta(FILE).backbone.modules())
     modulations = [module for module in modules if hasattr(module, 'normalize_modulator')]
     assert len(modulations) == 24
     assert all(module.normalize_modulator and module.focal_level == 4 for module in modulations)
@@ -100,6 +94,6 @@ def test_settings_of_the_backbone():
 
 
 def test_nothing_of_the_training_is_left():
-    model = build_on_meta(CONFIG)
+    model = build_on_meta(FILE)
     assert not [name for name in model.state_dict() if name.startswith('dn_query_generator')]
     assert model.from_official({'label_enc.weight': torch.zeros(92, 256)}) == {}

@@ -15,30 +15,19 @@ from torch.nn import functional as F
 
 from projects.detr_common import to_mmdet
 from projects.hdetr.swin import SWIN, Swin, unfold_order
-from projects.instance_segment_anything.mmdet_detector import MMDetDetector
+from tests.test_projects import layouts
 from tests.test_projects.helpers import make_sample
-from tests.test_projects.official import GROUPS, Official, build_on_meta, needed, observe
+from tests.test_projects.official import GROUPS, Official, build_on_meta, check_layout, needed
 from tests.tiny import ROOT
 
+CONFIG = 'projects.hdetr::hdetr_r50_coco.py'
 OFFICIAL = Official('hdetr_r50')
 CASES = ('full', 'odd', 'pad', 'wide')
-SWINS = {'t': dict(width=96, depths=(2, 2, 6, 2), heads=3), 'l': dict(width=192, depths=(2, 2, 18, 2), heads=6)}
-
-
-@pytest.fixture(scope='module')
-def detector(tmp_path_factory):
-    path = tmp_path_factory.mktemp('hdetr') / 'official.pth'
-    OFFICIAL.write_checkpoint(path)
-    detector = MMDetDetector('projects.hdetr::hdetr_r50_coco.py', str(path))
-    detector._build()
-    path.unlink()
-    yield detector
-    detector.release()
-
-
-@pytest.fixture(scope='module')
-def seen(detector):
-    return {case: observe(detector._model, OFFICIAL, case) for case in CASES}
+LAYOUTS = {
+    'r50': layouts.hdetr_r50,
+    'swin-t': lambda: layouts.hdetr_swin(width=96, depths=(2, 2, 6, 2), heads=3),
+    'swin-l': lambda: layouts.hdetr_swin(width=192, depths=(2, 2, 18, 2), heads=6, queries=900),
+}
 
 
 @needed
@@ -49,16 +38,18 @@ def test_computes_what_the_original_computes(group, case, seen):
 
 
 @needed
-def test_detects_in_an_image_file(detector, tmp_path):
+def test_detects_in_an_image_file(official_detector, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 320, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / 'a.png'), pixels)
-    found = detector.detect(make_sample(img_id=1, img_path=str(tmp_path / 'a.png')), torch.device('cpu'))
+    found = official_detector.detect(make_sample(img_id=1, img_path=str(tmp_path / 'a.png')), torch.device('cpu'))
     # by hand: resized to fit 1333 x 800, red first, normalised
     resized = cv2.resize(pixels, (1333, 33), interpolation=cv2.INTER_LINEAR)[..., ::-1].astype(np.float32)
     image = torch.from_numpy((resized - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]).float()
     meta = dict(img_shape=(33, 1333), batch_input_shape=(33, 1333))
     with torch.no_grad():
-        sample = detector._model.predict(image.permute(2, 0, 1)[None], [DetDataSample(metainfo=meta)], rescale=False)[0]
+        sample = official_detector._model.predict(
+            image.permute(2, 0, 1)[None], [DetDataSample(metainfo=meta)], rescale=False
+        )[0]
     expected = sample.pred_instances
     assert len(found) == 100
     assert torch.equal(found.labels, expected.labels)
@@ -119,47 +110,17 @@ def test_content_of_the_queries_is_learned_and_their_position_is_not():
     assert torch.equal(moved['reference_points'], before['reference_points'])
 
 
-def official_swin(width: int, depths: tuple[int, ...], heads: int, window: int = 7) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the original Swin Transformer for detection, of which stages 1 to 3 are used."""
-    shapes = {'patch_embed.proj.weight': (width, 3, 4, 4), 'patch_embed.proj.bias': (width,)}
-    shapes |= {'patch_embed.norm.weight': (width,), 'patch_embed.norm.bias': (width,)}
-    for i, depth in enumerate(depths):
-        size = width << i
-        for block in (f'layers.{i}.blocks.{j}.' for j in range(depth)):
-            shapes[f'{block}attn.relative_position_bias_table'] = ((2 * window - 1) ** 2, heads << i)
-            shapes[f'{block}attn.relative_position_index'] = (window**2, window**2)
-            maps = {'attn.qkv': (3 * size, size), 'attn.proj': (size, size)}
-            maps |= {'mlp.fc1': (4 * size, size), 'mlp.fc2': (size, 4 * size), 'norm1': (size,), 'norm2': (size,)}
-            for name, shape in maps.items():
-                shapes |= {f'{block}{name}.weight': shape, f'{block}{name}.bias': shape[:1]}
-        if i < 3:
-            shapes[f'layers.{i}.downsample.reduction.weight'] = (2 * size, 4 * size)
-            shapes |= {f'layers.{i}.downsample.norm.{kind}': (4 * size,) for kind in ('weight', 'bias')}
-        if i > 0:
-            shapes |= {f'norm{i}.{kind}': (size,) for kind in ('weight', 'bias')}
-    return {f'backbone.0.body.{name}': shape for name, shape in shapes.items()}
+@pytest.mark.parametrize('backbone', LAYOUTS)
+def test_the_official_file_fits(backbone):
+    config, layout = f'hdetr/configs/hdetr_{backbone}_coco.py', LAYOUTS[backbone]()
+    check_layout(config, layout)
+    # the first rows are used, and the number of the others is that of the training
+    assert build_on_meta(config).num_queries == layout['query_embed.weight'][0] - 1500
 
 
-@pytest.mark.parametrize('size', SWINS)
-def test_swin_finds_its_place(size):
-    model = build_on_meta(f'hdetr/configs/hdetr_swin-{size}_coco.py')
-    state = {name: torch.empty(shape, device='meta') for name, shape in official_swin(**SWINS[size]).items()}
-    renamed = model.from_official(state)
-    own = {name: value for name, value in model.state_dict().items() if name.startswith('backbone.')}
-    assert {name: value.shape for name, value in renamed.items()} == {name: value.shape for name, value in own.items()}
-    widths = [SWINS[size]['width'] << i for i in (1, 2, 3)]
-    assert [convolution.conv.in_channels for convolution in model.neck.convs] == widths
-
-
-@pytest.mark.parametrize('size', SWINS)
 @needed
-def test_official_swin_file_is_complete(size):
-    """The manifest's names with Swin's in place of ResNet's; queries and projections differ in size alone."""
-    model = build_on_meta(f'hdetr/configs/hdetr_swin-{size}_coco.py')
-    shapes = {name: shape for name, shape in OFFICIAL.manifest['tensors'].items() if not name.startswith('backbone.')}
-    shapes |= official_swin(**SWINS[size])
-    renamed = model.from_official({name: torch.empty(shape, device='meta') for name, shape in shapes.items()})
-    assert set(renamed) == set(model.state_dict())
+def test_the_layout_is_that_of_the_manifest():
+    assert layouts.hdetr_r50() == OFFICIAL.shapes()
 
 
 @pytest.mark.parametrize(('height', 'width'), [(6, 8), (5, 7)])

@@ -113,6 +113,21 @@ def test_the_main_process_is_killed(tiny, tmp_path):
     assert 'error: another process ended without a word' in err
 
 
+def test_processes_with_different_weights_are_refused(tiny, scenes, tmp_path):
+    state = torch.load(tiny / 'tiny.pth')
+    for rank in range(2):
+        torch.save({name: value + rank for name, value in state.items()}, tmp_path / f'of{rank}.pth')
+    write_pipeline(tmp_path, scenes, tmp_path / 'of{{$RANK:0}}.pth')
+    command = ('tiny.py', tiny / 'recipe.yaml', '--work-dir', 'run', '--launcher', 'pytorch')
+    results = finish_processes(start_processes(2, *command, cwd=tmp_path), 120)
+    assert [code for code, _, _ in results] == [2, 2]
+    said = [line for _, _, err in results for line in err.splitlines() if 'differs from' in line]
+    assert said == [
+        'error: process 1 differs from the main one in model_config, checkpoint; give all the same files, options and '
+        'environment (PTQSAM_CKPT, PTQSAM_DATA)'
+    ]
+
+
 KILLED = """
 import os, signal, sys, time
 from mmengine.dist import all_gather_object, is_main_process
@@ -134,7 +149,7 @@ def test_another_process_is_killed(tmp_path):
     (tmp_path / 'killed.py').write_text(KILLED)
     first, second = finish_processes(start_processes(2, cwd=tmp_path, program=tmp_path / 'killed.py'), 120)
     assert (first[0], second[0]) == (1, -signal.SIGKILL)
-    assert first[2].endswith('; look at its output, then run again with --resume\n')
+    assert 'error: another process ended without a word (killed, or out of memory?); look at its output' in first[2]
     assert 'Traceback' not in first[2]
 
 

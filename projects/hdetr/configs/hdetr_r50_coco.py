@@ -1,59 +1,17 @@
-# H-Deformable-DETR, ResNet-50, 36 epochs: COCO box AP 50.0 as published. Detection only: no training settings.
-attention = dict(embed_dims=256, dropout=0.0)
-ffn = dict(embed_dims=256, feedforward_channels=2048, ffn_drop=0.0)
+# H-Deformable-DETR, ResNet-50, 36 epochs: COCO box AP 50.0 as published.
+_base_ = '../../detr_common/configs/deformable_detr_coco.py'
 
 model = dict(
     type='HDeformableDETR',
     num_queries=300,
     num_feature_levels=4,
-    with_box_refine=True,
-    as_two_stage=True,
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=1,
-    ),
     backbone=dict(
         type='ResNet', depth=50, out_indices=(1, 2, 3), norm_cfg=dict(type='BN'), norm_eval=True, style='pytorch'
     ),
-    neck=dict(
-        type='ChannelMapper',
-        in_channels=[512, 1024, 2048],
-        kernel_size=1,
-        out_channels=256,
-        act_cfg=None,
-        norm_cfg=dict(type='GN', num_groups=32),
-        bias=True,
-        num_outs=4,
-    ),
-    encoder=dict(num_layers=6, layer_cfg=dict(self_attn_cfg=dict(num_levels=4, **attention), ffn_cfg=ffn)),
-    decoder=dict(
-        num_layers=6,
-        return_intermediate=True,
-        layer_cfg=dict(
-            self_attn_cfg=dict(num_heads=8, **attention),
-            cross_attn_cfg=dict(num_levels=4, **attention),
-            ffn_cfg=ffn,
-        ),
-        post_norm_cfg=None,
-    ),
-    positional_encoding=dict(num_feats=128, normalize=True, offset=-0.5, temperature=10000),
-    bbox_head=dict(
-        type='HDETRHead',
-        num_classes=80,
-        loss_cls=dict(type='FocalLoss', use_sigmoid=True),  # says that scores are sigmoids
-    ),
+    neck=dict(in_channels=[512, 1024, 2048], num_outs=4),
+    encoder=dict(layer_cfg=dict(self_attn_cfg=dict(num_levels=4))),
+    decoder=dict(layer_cfg=dict(cross_attn_cfg=dict(num_levels=4))),
+    positional_encoding=dict(offset=-0.5, temperature=10000),
+    bbox_head=dict(type='HDETRHead'),
     test_cfg=dict(max_per_img=100),
 )
-test_dataloader = dict(
-    dataset=dict(
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-            dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
-        ]
-    )
-)
-del attention, ffn
