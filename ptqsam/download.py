@@ -2,7 +2,7 @@
 
 The download resumes, checks size and SHA-256, and gives the file its name only when it is right. Where the official
 address cannot be reached, the other sources of the table are tried in order. Of a file whose publisher states no hash,
-that of the first download is kept beside it.
+that of the first download is kept beside it, once the checksums inside it were found right (unhashed.py).
 """
 
 import difflib
@@ -16,6 +16,7 @@ from pathlib import Path
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.fileio import folder_lock, sha256_file, write_text
 from ptqsam.sources import Package, SourceError, Url, file_size
+from ptqsam.unhashed import damage, has_checksums, tidy
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Checkpoint:
             digest = sha256_file(path)
             if not digest.startswith(expected):
                 return f'its SHA-256 begins with {digest[:8]}, not {expected[:8]}{said}'
-        return None
+        return damage(path) if verify and not expected else None
 
     def recorded(self, folder: Path) -> str:
         """SHA-256 of the first download into a folder, or ''."""
@@ -297,9 +298,10 @@ def _record(checkpoint: Checkpoint, path: Path, progress: bool) -> None:
     digest = sha256_file(path)
     write_text(path.with_name(f'{path.name}.sha256'), f'{digest}  {path.name}\n')
     if progress:
+        unchecked = '' if has_checksums(path) else '; the file itself, of an old format, could not be checked'
         print(
             f'{checkpoint.name}: its publisher states no hash; SHA-256 {digest} is kept in {path.name}.sha256, and '
-            '--verify compares with it from now on',
+            f'--verify compares with it from now on{unchecked}',
             file=sys.stderr,
         )
 
@@ -329,8 +331,7 @@ def download_file(checkpoint: Checkpoint, path: Path, progress: bool) -> None:
                 os.replace(part, path)
                 return
     finally:
-        if part.exists() and not file_size(part):
-            part.unlink()
+        tidy(part, hashed=bool(checkpoint.sha256))
     got = file_size(part)
     kept = f'; {got:,} bytes are kept in {part.name} and the next run goes on from there' if got else ''
     raise AssetError(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ptqsam.errors import ConfigError
+from ptqsam.unhashed import note_version, noted_version
 
 if TYPE_CHECKING:
     from ptqsam.download import Checkpoint
@@ -52,6 +53,9 @@ class Url:
     def write(self, part: Path, checkpoint: 'Checkpoint', progress: bool) -> bool:
         """Download, going on where an earlier run or a lost connection stopped.
 
+        Where no hash is published nothing would show that a file has beginning and end of two versions. Then only what
+        came from here is gone on with, and only if the server can say that it still has the same file.
+
         Args:
             part: where to write; may hold the beginning of the file. The caller checks the hash of the result.
             checkpoint: what is fetched.
@@ -65,31 +69,39 @@ class Url:
         """
         if checkpoint.size is not None and file_size(part) > checkpoint.size:
             part.unlink()
-        most, received, failures = file_size(part), False, 0
+        most, received, failures = self._came(part, checkpoint), False, 0
         while True:
             try:
                 return self._transfer(part, checkpoint, progress)
             except Interrupted:
                 # a server that does not answer at all is left at once: another source may be a second away
                 failures += 1
-                if file_size(part) > most:
-                    most, received, failures = file_size(part), True, 0
+                if (got := self._came(part, checkpoint)) > most:
+                    most, received, failures = got, True, 0
                 if not received or failures > RETRIES:
                     raise
                 time.sleep(RETRY_WAIT_SECONDS)
 
+    def _came(self, part: Path, checkpoint: 'Checkpoint') -> int:
+        """Bytes in ``part`` that are from here, or might as well be, since a hash will tell."""
+        version = noted_version(part)
+        return file_size(part) if checkpoint.sha256 or (version and version.url == self.url) else 0
+
     def _transfer(self, part: Path, checkpoint: 'Checkpoint', progress: bool) -> bool:
         """Fetch what ``part`` lacks over one connection."""
-        offset = file_size(part)
-        if offset and offset == checkpoint.size:
+        offset = self._came(part, checkpoint)
+        version = None if checkpoint.sha256 else noted_version(part)
+        if version and not version.lasting:
+            offset = 0
+        if offset and offset == (version.total if version else checkpoint.size):
             return True
         try:
-            response = _open(self.url, offset)
+            response = _open(self.url, offset, version.tag if version else '')
         except urllib.error.HTTPError as error:
             error.close()
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not offset:
                 raise SourceError(f'HTTP {error.code} {error.reason}') from None
-            if error.headers.get('Content-Range') == f'bytes */{offset}':
+            if not version and error.headers.get('Content-Range') == f'bytes */{offset}':
                 return True
             part.unlink()  # longer than the file itself: left by something else
             return self._transfer(part, checkpoint, progress)
@@ -98,11 +110,17 @@ class Url:
             if start != offset and start != 0:
                 raise SourceError(f'answered from byte {start} when asked for byte {offset}')
             total = _announced_total(response, start, checkpoint)
+            if start and version and not version.is_of(response.headers, total):
+                response.close()
+                part.unlink()  # the end of another version, from a server that does not mind the condition
+                return self._transfer(part, checkpoint, progress)
             check_space(part.parent, (total or 0) - start, checkpoint.name)
             with (
                 open(part, 'ab' if start else 'wb') as file,
                 _progress_bar(checkpoint.name, start, total, progress) as bar,
             ):
+                if not start and not checkpoint.sha256:
+                    note_version(part, self.url, response.headers, total)
                 while chunk := _read(response):
                     file.write(chunk)
                     bar.update(len(chunk))
@@ -213,8 +231,8 @@ def size_text(size: int) -> str:
     return f'{size / 1e9:.1f} GB' if size >= 1e9 else f'{size / 1e6:.1f} MB'
 
 
-def _open(url: str, offset: int) -> http.client.HTTPResponse:
-    """Send the request and wait a bounded time for the answer.
+def _open(url: str, offset: int, tag: str = '') -> http.client.HTTPResponse:
+    """Send the request and wait a bounded time for the answer; the whole file, if its version has another ``tag``.
 
     A socket timeout bounds neither the name lookup nor a host with many dead addresses, so the whole exchange runs
     in a thread that is left behind when it takes too long.
@@ -222,6 +240,8 @@ def _open(url: str, offset: int) -> http.client.HTTPResponse:
     headers = {'User-Agent': 'ptqsam', 'Accept-Encoding': 'identity'}
     if offset:
         headers['Range'] = f'bytes={offset}-'
+        if tag:
+            headers['If-Range'] = tag
     request = urllib.request.Request(url, headers=headers)
     answers: queue.Queue = queue.Queue()
 

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from ptqsam.download import how_to_get, official
 from ptqsam.errors import AssetError
+from ptqsam.unhashed import LEGACY_START, ZIP_START
 
-_ZIP_START = b'PK\x03\x04'
-_LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # what torch wrote before 1.6
 _LFS_START = b'version https://git-lfs.github.com/spec/'
 _MARKUP = re.compile(rb'\s*<(!doctype|html|\?xml|head|body)', re.IGNORECASE)
 _WRAPPER = 'module.'  # DataParallel and weight averages put the model into a child of this name
@@ -275,7 +274,7 @@ def _explain(path: Path, start: bytes, error: Exception) -> AssetError:
             f"{path}: refused: the pickle wants to run '{refused}', which no weights file needs; it was not executed; "
             'get the file from its official source, or re-save its state dict alone as safetensors'
         )
-    if start.startswith((_ZIP_START, _LEGACY_START)):
+    if start.startswith((ZIP_START, LEGACY_START)):
         size = path.stat().st_size
         known = official(path)
         of = f' of {known.size:,}' if known and known.size not in (None, size) else ''

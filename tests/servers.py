@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -23,6 +24,9 @@ class Server:
     url: str = ''
     files: dict[str, bytes] = field(default_factory=dict)  # path -> content
     ranges: bool = True
+    tags: tuple[str, ...] = ('ETag', 'Last-Modified')  # what is said of the version of a file
+    weak: bool = False  # the ETag
+    conditional: bool = True  # If-Range is minded
     status: int = 200
     content_type: str = 'application/octet-stream'
     cuts: list[int] = field(default_factory=list)  # bytes after which the next answers break off
@@ -30,17 +34,29 @@ class Server:
     stalled: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range header
+    conditions: list[str | None] = field(default_factory=list)  # If-Range headers
+
+    def tags_of(self, content: bytes) -> dict[str, str]:
+        """Headers that tell one version of a file from another."""
+        digest = hashlib.sha256(content).hexdigest()
+        date = formatdate(int(digest[:7], 16), usegmt=True)
+        known = {'ETag': ('W/' if self.weak else '') + f'"{digest[:16]}"', 'Last-Modified': date}
+        return {name: known[name] for name in self.tags}
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Answer a GET request."""
         wanted = handler.headers.get('Range')
         self.asked.append((handler.path, wanted))
-        start = int(wanted.removeprefix('bytes=').removesuffix('-')) if wanted and self.ranges else 0
         # as a proxy it is asked for whole addresses
         content = self.files.get('/' + handler.path.rpartition('host.invalid')[2].lstrip('/'))
         if self.status != 200 or content is None:
             handler.send_error(self.status if self.status != 200 else 404)
             return
+        condition = handler.headers.get('If-Range')
+        self.conditions.append(condition)
+        tags = self.tags_of(content)
+        wanted = wanted if self.ranges and (condition in (None, *tags.values()) or not self.conditional) else None
+        start = int(wanted.removeprefix('bytes=').removesuffix('-')) if wanted else 0
         if start >= len(content):
             handler.send_response(416)
             handler.send_header('Content-Range', f'bytes */{len(content)}')
@@ -50,6 +66,8 @@ class Server:
         handler.send_response(206 if start else 200)
         if start:
             handler.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
+        for name, value in tags.items():
+            handler.send_header(name, value)
         handler.send_header('Content-Type', self.content_type)
         handler.send_header('Content-Length', str(len(body)))
         handler.end_headers()

@@ -7,11 +7,9 @@ import io
 import os
 import shutil
 import socket
-import subprocess
 import tarfile
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -300,53 +298,6 @@ def test_disk_that_fills_up_meanwhile(server, add, tmp_path, monkeypatch) -> Non
     add(Url(server.url))
     with pytest.raises(ConfigError, match=r'cannot be written or read \(No space left on device\).*--root'):
         fetch('model', tmp_path)
-
-
-# --- a file whose publisher states no hash
-
-
-def test_first_hash_is_recorded_and_compared(server, add, tmp_path, capfd) -> None:
-    checkpoint = add(Url(server.url), sha256='', size=None)
-    path = fetch('model', tmp_path)
-    assert f'SHA-256 {SHA256} is kept in model.pth.sha256' in capfd.readouterr().err
-    assert checkpoint.status(tmp_path) == 'yes, hash as first downloaded'
-    check = subprocess.run(['sha256sum', '--check', 'model.pth.sha256'], cwd=tmp_path, capture_output=True)
-    assert check.returncode == 0
-    assert fetch('model', tmp_path, verify=True) == path
-    path.write_bytes(b'x')
-    assert fetch('model', tmp_path) == path, 'nothing is read without --verify'
-    with pytest.raises(AssetError, match=rf'not {SHA256[:8]} as model\.pth\.sha256 has it since the first download'):
-        fetch('model', tmp_path, verify=True)
-    assert checkpoint.status(tmp_path, verify=True).startswith('its SHA-256 begins with')
-
-
-def test_second_download_must_be_the_same_file(server, add, tmp_path) -> None:
-    add(Url(server.url), sha256='', size=None)
-    fetch('model', tmp_path).unlink()
-    server.files['/model.pth'] = b'other'
-    with pytest.raises(AssetError, match=r'since the first download; what came was deleted'):
-        fetch('model', tmp_path)
-    assert _files(tmp_path) == ['model.pth.sha256']
-    (tmp_path / 'model.pth.sha256').unlink()
-    assert fetch('model', tmp_path).read_bytes() == b'other'
-
-
-def test_file_by_hand_gets_its_record_when_it_is_verified(add, tmp_path) -> None:
-    checkpoint = add(Url('http://host.invalid/model.pth'), sha256='', size=None)
-    assert not checkpoint.recorded(tmp_path)
-    (tmp_path / 'model.pth').write_bytes(CONTENT)
-    fetch('model', tmp_path)
-    assert checkpoint.status(tmp_path) == 'yes, its hash is not known'
-    fetch('model', tmp_path, verify=True)
-    assert checkpoint.recorded(tmp_path) == SHA256
-    assert checkpoint.status(tmp_path) == 'yes, hash as first downloaded'
-
-
-@pytest.mark.parametrize('content', [b'', b'no hash', b'\xff\xfe'])
-def test_damaged_record_is_no_record(content, add, tmp_path) -> None:
-    checkpoint = replace(add(Url('http://host.invalid/model.pth')), sha256='')
-    (tmp_path / 'model.pth.sha256').write_bytes(content)
-    assert checkpoint.recorded(tmp_path) == ''
 
 
 # --- a source package, through pip itself, from a local folder in place of an index
