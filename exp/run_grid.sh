@@ -155,14 +155,19 @@ dry_run() {
 
 table() { "$python" -m ptqsam.report.grid "$WORK_DIR"; }
 
-# What went wrong in one line: the tool's own, or else the last one
+# What went wrong in one line: the tool's own, or else the last one. Before it may stand the unfinished bar of another
+# process, after it torchrun's report.
 reason() {
     local status=$1 log=$2 line
-    line=$(grep -a '^error: ' "$log" | tail -n 1)
-    [[ -n $line ]] || line="exit code $status: $(tr '\r' '\n' < "$log" | grep -av '^[[:space:]]*$' | tail -n 1)"
-    echo "$line"
+    line=$(tr '\r' '\n' < "$log" | grep -aoE '(^|[^[:alpha:][:space:]] ?)error: .*' | tail -n 1)
+    if [[ -n $line ]]; then
+        echo "error: ${line#*error: }"
+        return
+    fi
+    line=$(tr '\r' '\n' < "$log" | sed '/torch\/distributed\/elastic\/multiprocessing\/api\.py/,$d' |
+        grep -av '^[[:space:]]*$' | tail -n 1)
+    echo "exit code $status${line:+: $line}"
 }
-
 
 # The float model is the same in all cells of a pipeline, so its metrics are; the tool checks that they fit
 share_float() {

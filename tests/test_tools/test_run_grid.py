@@ -181,6 +181,34 @@ def test_a_cell_that_fails_stops_no_other(grid):
     assert [line.startswith('# done: ') for line in listed] == [True, False]
 
 
+TORCHRUN = """W1120 19:13:20.5 18186 torch/distributed/elastic/multiprocessing/api.py:1010] closing signal SIGTERM
+E1120 19:13:20.6 18186 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 4) local_rank: 1
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+  error_file: <N/A>
+============================================================
+"""
+BAR = '\rcalibrate:   0%|          | 0/8 [00:00<?, ? image/s]\rcalibrate:  50%|#####     | 4/8 [00:01<00:01]'
+
+
+@pytest.mark.parametrize(
+    ('said', 'reason'),
+    [
+        (f'{BAR}error: no such thing\n', 'error: no such thing'),
+        (f'{BAR} error: /x: error: no such thing\n{BAR}', 'error: /x: error: no such thing'),
+        (f'error: first\r{BAR}\nusage\ntest_quant.py: error: last\n{BAR}\n', 'error: last'),
+        (f'quantization error: 0.5\n{BAR}\nKeyError: 7\n\n', 'exit code 1: KeyError: 7'),
+        ('', 'exit code 1'),
+    ],
+)
+def test_the_reason_is_found_between_bars_and_the_report_of_torchrun(said, reason, grid):
+    (grid / 'said').write_text(said + TORCHRUN)
+    (grid / 'fake').write_text('#!/bin/sh\ncat said >&2\nexit 1\n')
+    done = run(grid)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f'one_sam-vit-b/good_w4a4: {reason}'
+    assert (grid / 'work_dirs/grid/one_sam-vit-b/good_w4a4/error.txt').read_text() == f'{reason}\n'
+
+
 def test_the_float_model_is_evaluated_once_per_pipeline(grid):
     done = run(grid, RECIPES='good fine', DETECTORS='one two')
     assert done.returncode == 0
