@@ -236,7 +236,7 @@ def _execution_order(model: nn.Module, forward: Callable[[], Any]) -> dict[nn.Mo
         if module in order and isinstance(quantizer, Quantizer):
             raise ConfigError(
                 'reconstruction: an operator runs more than once in a forward pass, so it has no single input; exclude '
-                f'it with a rule ({quantizer.path}), or set model.test_cfg.cascade=0'
+                f'it with a rule ({quantizer.path})'
             )
         order.setdefault(module, count)
         count += 1

@@ -153,5 +153,5 @@ def test_excluded_weights_make_no_unit():
 def test_an_operator_that_runs_twice_has_no_single_input(tmp_path):
     model, samples = calibrated_model(cascade=1)
     engine = make_engine(model, samples, make_recipe(), tmp_path / 'w')
-    with pytest.raises(ConfigError, match=r'runs more than once.*mask_decoder\..*cascade=0'):
+    with pytest.raises(ConfigError, match=r'runs more than once.*mask_decoder\.'):
         engine.find_parts()
