@@ -24,7 +24,7 @@ from ptqsam.config.recipe import Calibration
 from ptqsam.download import copy_beside, fetch_command, official
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.reconstruction.stores import free_device_memory, free_host_memory
-from ptqsam.solver.dry_run import Costs, decoder_work, encoder_work, estimate_costs, forward_memory, kept_by_hooks
+from ptqsam.solver.forecast import Costs, decoder_work, encoder_work, estimate_costs, forward_memory, kept_by_hooks
 from ptqsam.sources import existing_part, file_size, free_bytes, size_text
 
 # of a box in the cache, as JSON; and how many of an image are kept at most

@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import re
+import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,7 @@ def exit_code_of(tool: Callable[[], int], verbose: bool, less_memory: str, inter
     Returns:
         The tool's exit code, that of a `PTQSAMError`, 2 out of memory, 130 interrupted.
     """
+    end_with_starter()
     # mmengine tells on stdout which environment variables a config uses; that is for nobody
     MMLogger.get_instance('mmengine').setLevel('WARNING')
     keep_freed_memory()
@@ -80,6 +84,24 @@ def exit_code_of(tool: Callable[[], int], verbose: bool, less_memory: str, inter
             return report_lost(error)
         tell_others(f'error: {type(error).__name__}: {" ".join(str(error).split())}')
         raise
+
+
+def end_with_starter() -> None:
+    """Have this process interrupted when the one is gone that `PTQSAM_PARENT` names: a sweep that was killed."""
+    starter = os.environ.pop('PTQSAM_PARENT', '')
+    if not starter.isdigit():
+        return
+    # a process that was started in the background ignores Ctrl-C otherwise
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def watch() -> None:
+        with suppress(ProcessLookupError):
+            while True:
+                os.kill(int(starter), 0)  # no signal, only the question
+                time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

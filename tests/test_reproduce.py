@@ -19,7 +19,7 @@ from projects.instance_segment_anything import SegmentAnything
 from ptqsam.cli import check_key, load_model_config, parse_args
 from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.registry import SOLVER_HOOKS, build_part
-from ptqsam.solver.dry_run import estimate_costs
+from ptqsam.solver.forecast import estimate_costs
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.reconstruct import check_reconstruction
 from ptqsam.solver.rules import RuleBook

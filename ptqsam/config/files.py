@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmengine.config import Config
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,7 @@ from ptqsam.config.recipe import QuantConfig
 from ptqsam.errors import ConfigError
 from ptqsam.yaml_files import check_yaml_chain
 
+S = TypeVar('S', bound=BaseModel)
 LISTS = ('hooks', 'rules')
 LIST_ADVICE = '; write lists in a recipe; an option changes a value of one that is there, as hooks.0.theta=0.5'
 
@@ -63,10 +64,28 @@ def parse_quant_config(raw: dict[str, Any], where: str, options: Collection[str]
     Raises:
         ConfigError: unknown key, wrong type, value out of range.
     """
+    return check_schema(QuantConfig, raw, where, options)
+
+
+def check_schema(schema: type[S], raw: dict[str, Any], where: str, options: Collection[str] = ()) -> S:
+    """Check plain dicts against a schema.
+
+    Args:
+        schema: what they must be.
+        raw: content of a YAML.
+        where: named in error messages.
+        options: dotted keys that the command line gave.
+
+    Returns:
+        The checked object.
+
+    Raises:
+        ConfigError: unknown key (with the closest one), wrong type, value out of range.
+    """
     try:
-        return QuantConfig.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f'{where}: {_explain(error, options)}') from None
+        raise ConfigError(f'{where}: {_explain(error, schema, options)}') from None
 
 
 def _in_list(option: str) -> bool:
@@ -74,13 +93,13 @@ def _in_list(option: str) -> bool:
     return option.split('.')[0] in LISTS
 
 
-def _explain(error: ValidationError, options: Collection[str]) -> str:
+def _explain(error: ValidationError, schema: type[BaseModel], options: Collection[str]) -> str:
     """First problem of a ValidationError in one line; unknown keys first, they often cause the others."""
     problems = sorted(error.errors(), key=lambda p: p['type'] != 'extra_forbidden')
     problem = problems[0]
     key = '.'.join(str(part) for part in problem['loc'])
     if problem['type'] == 'extra_forbidden':
-        known = _known_keys(problem['loc'][:-1])
+        known = _known_keys(schema, problem['loc'][:-1])
         close = difflib.get_close_matches(str(problem['loc'][-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f'known keys: {", ".join(known) or "none"}'
         return f"unknown key '{key}' ({hint})"
@@ -101,9 +120,8 @@ def _explain(error: ValidationError, options: Collection[str]) -> str:
     return f"key '{key}': {message[0].lower() + message[1:]}{got}{advice}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the schema class at a place of the recipe."""
-    schema: Any = QuantConfig
+def _known_keys(schema: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the schema class at a place below another one."""
     for part in location:
         if isinstance(part, int):
             continue

@@ -367,9 +367,10 @@ class PTQLoop(TestLoop):
             processes=get_world_size(),
         )
         if is_main_process():
-            write_json(self.work_dir / 'result.json', self.result)
             write_summary(self.work_dir / 'summary.csv', self.rules.enabled, self.errors)
             plot_quantization_errors(self.work_dir / 'sqnr.png', self.rules.enabled, self.errors)
+            # last: where it lies, the run is complete
+            write_json(self.work_dir / 'result.json', self.result)
 
 
 def megabytes(size: int) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from ptqsam.config import PARTS, Part, QuantConfig, Reconstruction
 from ptqsam.errors import ConfigError
-from ptqsam.estimate import Machine, Work
+from ptqsam.estimate import Machine
 from ptqsam.reconstruction.cache import choose_store
 from ptqsam.reconstruction.engine import Sample
 from ptqsam.reconstruction.footprint import Step, cache_bytes, iteration_steps
@@ -55,6 +55,10 @@ class Plan:
     def peak(self) -> int:
         """Bytes of an iteration, at most."""
         return max((step.total.peak for step in self.steps), default=0)
+
+    def kept(self, device: torch.device) -> int:
+        """Bytes of the activation caches that lie in the memory of a device."""
+        return self.cache if self.store == 'device' or (device.type, self.store) == ('cpu', 'host') else 0
 
     def seconds(self, machine: Machine, encoder: float, box: float) -> float:
         """Estimated time.
@@ -165,32 +169,6 @@ def show(value: Any) -> str:
     if isinstance(value, Part):
         return part_text(value)
     return str(value).lower() if isinstance(value, bool) else 'all' if value is None else str(value)
-
-
-def reconstruct_row(
-    plan: Plan, machine: Machine, device: torch.device, encoder: Work, decoder: Work, chunk: int, memory: int
-) -> tuple[str, ...]:
-    """Row of the table of estimates.
-
-    Args:
-        plan: of the reconstruction.
-        machine: its speed.
-        device: where the units are optimised.
-        encoder: work for one image.
-        decoder: work for one chunk of boxes.
-        chunk: boxes in a chunk.
-        memory: bytes of a forward pass, weights and everything else included.
-    """
-    seconds = plan.seconds(machine, machine.seconds(encoder), machine.seconds(decoder) / chunk)
-    # what is kept in the memory that the row is about
-    kept = plan.cache if plan.store == 'device' or (device.type, plan.store) == ('cpu', 'host') else 0
-    return (
-        'reconstruct',
-        str(plan.images),
-        str(plan.boxes),
-        duration(seconds),
-        f'{(memory + kept + plan.peak) / 1e9:.1f} GB',
-    )
 
 
 def duration(seconds: float) -> str:

@@ -76,11 +76,11 @@ class Ledger:
         self.path = folder / LEDGER
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self._connection() as database:
-                database.execute('BEGIN IMMEDIATE')
+            with self._transaction() as database:
                 version = database.execute('PRAGMA user_version').fetchone()[0]
                 if version not in (0, _FORMAT):
                     raise AssetError(f'{self.path}: written by another version of ptqsam; choose another --work-dir')
+                # two processes may make it at the same time; the second one finds it made
                 if version == 0:
                     for statement in _SCHEMA.split(';'):
                         database.execute(statement)
@@ -106,7 +106,7 @@ class Ledger:
         with self._transaction() as database:
             database.execute('UPDATE cells SET position = NULL')
             database.executemany(
-                'INSERT INTO cells (key, name, position, spec, status) VALUES (?, ?, ?, ?, "pending") '
+                "INSERT INTO cells (key, name, position, spec, status) VALUES (?, ?, ?, ?, 'pending') "
                 'ON CONFLICT (key) DO UPDATE SET name = excluded.name, position = excluded.position, '
                 'spec = excluded.spec',
                 [(key, name, number, json.dumps(spec)) for number, (key, name, spec) in enumerate(cells)],
@@ -145,10 +145,8 @@ class Ledger:
             Number of the attempt.
         """
         with self._transaction() as database:
-            database.execute(
-                'UPDATE attempts SET status = "interrupted" WHERE key = ? AND status = "running"', (key,)
-            )
-            database.execute('UPDATE cells SET status = "running", error = "", host = ? WHERE key = ?', (host, key))
+            database.execute("UPDATE attempts SET status = 'interrupted' WHERE key = ? AND status = 'running'", (key,))
+            database.execute("UPDATE cells SET status = 'running', error = '', host = ? WHERE key = ?", (host, key))
             number = database.execute(
                 'INSERT INTO attempts (key, host, pid, started) VALUES (?, ?, ?, ?)', (key, host, pid, time.time())
             ).lastrowid
@@ -176,7 +174,7 @@ class Ledger:
         """Note what became of a cell without an attempt: found done, or left by a process that is gone."""
         with self._transaction() as database:
             database.execute(
-                'UPDATE attempts SET status = ? WHERE key = ? AND status = "running"',
+                "UPDATE attempts SET status = ? WHERE key = ? AND status = 'running'",
                 ('done' if status == 'done' else 'interrupted', key),
             )
             self._settle(database, key, status, error, metrics)

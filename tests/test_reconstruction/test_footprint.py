@@ -211,7 +211,7 @@ def test_parts_are_described(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize(('loss', 'images'), [('PromptAware', '1'), ('SquaredError', '2')])
 def test_images_without_boxes_are_not_counted(loss, images, tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('ptqsam.solver.dry_run.known_counts', lambda model, images: [0, 3])
+    monkeypatch.setattr('ptqsam.solver.forecast.known_counts', lambda model, images: [0, 3])
     recipe = tmp_path / 'recipe.yaml'
     options = f'unit: stage, loss: {{type: {loss}}}'
     recipe.write_text(f'_base_: {tiny / "recipe.yaml"}\nreconstruction: {{iters: 7, {options}}}\n')

@@ -1,0 +1,111 @@
+"""Engine `ray`: the cells as tasks of a Ray cluster, or of a Ray started on this machine."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from threading import Event
+from typing import Any
+
+from ptqsam.errors import ConfigError
+from ptqsam.sweep.run_cell import Job, Outcome, run_cell
+from ptqsam.sweep.spec import Resources
+
+# a task whose node or process was lost is started again so many times; the cell goes on from what lies on disk
+RETRIES = 5
+# seconds between looks at whether the sweep is to stop
+_GLANCE = 1.0
+
+
+def run_ray(
+    jobs: Sequence[Job], resources: Resources, gpus: int, address: str | None, at_a_time: int | None, stop: Event
+) -> Iterator[tuple[Job, Outcome]]:
+    """Run cells as Ray tasks. The folder of the sweep, data and checkpoints are the same files on all nodes.
+
+    Args:
+        jobs: the cells, in order.
+        resources: what a cell takes.
+        gpus: GPUs of each.
+        address: of the cluster, `auto` or `host:port`; None: start one on this machine.
+        at_a_time: cells on a cluster that is started here; None: as many as its cores allow.
+        stop: when set, running cells are interrupted and no other is started.
+
+    Yields:
+        Each cell that was begun and what became of it, as they end.
+
+    Raises:
+        ConfigError: Ray is not installed, the cluster cannot be reached, or has no node on which a cell fits.
+    """
+    ray = import_ray()
+    threads = resources.threads * resources.processes
+    _connect(ray, address, None if at_a_time is None else at_a_time * threads)
+    try:
+        needs: dict[str, Any] = dict(num_cpus=threads, num_gpus=gpus)
+        if resources.memory_gb is not None:
+            needs['memory'] = int(resources.memory_gb * 1e9)
+        _demand_room(ray, needs)
+        # the tool runs in a process of its own, so a lost worker is the machine's fault and not the cell's
+        task = ray.remote(max_retries=RETRIES, **needs)(run_task)
+        running = {task.remote(job): job for job in jobs}
+        while running:
+            done, _ = ray.wait(list(running), timeout=_GLANCE)
+            if stop.is_set():
+                for reference in running:
+                    ray.cancel(reference)  # raises KeyboardInterrupt in a task that runs
+                for job in running.values():
+                    yield job, Outcome('interrupted', 'interrupted')
+                return
+            for reference in done:
+                yield running.pop(reference), _outcome(ray, reference)
+    finally:
+        ray.shutdown()
+
+
+def run_task(job: Job) -> Outcome:
+    """A cell as a Ray task: Ray has set the GPUs; a cell that another task works on is waited for."""
+    return run_cell(job, {}, wait=True)
+
+
+def import_ray() -> Any:
+    """The module ray.
+
+    Raises:
+        ConfigError: not installed.
+    """
+    try:
+        return importlib.import_module('ray')
+    except ImportError:
+        raise ConfigError("--engine ray needs Ray, which is not installed: pip install 'ptqsam[ray]'") from None
+
+
+def _connect(ray: Any, address: str | None, cores: int | None) -> None:
+    settings: dict[str, Any] = dict(log_to_driver=False, logging_level='ERROR', include_dashboard=False)
+    if address is None:
+        settings |= dict(address='local', num_cpus=cores)
+    else:
+        settings = dict(address=address, log_to_driver=False, logging_level='ERROR')
+    try:
+        ray.init(**settings)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        where = 'a Ray cluster here' if address is None else f'the Ray cluster {address}'
+        said = ' '.join(str(error).split())[:200]
+        raise ConfigError(
+            f'--engine ray: {where} cannot be reached ({said}); start one with `ray start --head`, or leave out '
+            '--ray-address to use this machine alone'
+        ) from None
+
+
+def _demand_room(ray: Any, needs: dict[str, Any]) -> None:
+    """Refuse cells that fit on no node: Ray would wait for one for ever."""
+    names = {'num_cpus': 'CPU', 'num_gpus': 'GPU', 'memory': 'memory'}
+    nodes = [node['Resources'] for node in ray.nodes() if node['Alive']]
+    if not any(all(node.get(names[what], 0) >= amount for what, amount in needs.items()) for node in nodes):
+        wanted = ', '.join(f'{amount} {names[what]}' for what, amount in needs.items() if amount)
+        raise ConfigError(f'--engine ray: no node has what a cell takes ({wanted}); lower `resources` of the sweep')
+
+
+def _outcome(ray: Any, reference: Any) -> Outcome:
+    try:
+        outcome: Outcome = ray.get(reference)
+        return outcome
+    except ray.exceptions.RayError as error:
+        said = ' '.join(str(error).split())[:200]
+        return Outcome('interrupted', f'error: Ray lost the cell {RETRIES + 1} times ({said})')
