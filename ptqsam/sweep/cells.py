@@ -326,7 +326,7 @@ def _shown(further: Point) -> Iterator[str]:
     for axis, value in further.items():
         short = axis.removeprefix(PIPELINE_OPTION).split('.')[-1]
         text = f'{short}{value}' if axis == 'seed' else f'{short}={_written(value)}'
-        yield re.sub(r'[^A-Za-z0-9.,=+-]', '-', text)
+        yield re.sub(r'[^A-Za-z0-9_.,=+-]', '-', text)
 
 
 def _demand_different(cells: Sequence[Cell], where: str) -> None:

@@ -17,10 +17,11 @@ Stamp = tuple[int, int]
 
 
 def write_sweep(folder: Path, tiny: Path, axes: dict[str, Any] | None = None, **settings: Any) -> Path:
-    """Write a sweep of the tiny pipeline; by default two cells, 4 and 6 bits."""
+    """Write a sweep of the tiny pipeline; by default two cells, 4 and 6 bits. None takes an axis out."""
     path = folder / 'grid.yaml'
     usual = {'model': str(tiny / 'tiny.py'), 'recipe': str(tiny / 'recipe.yaml'), 'bits': ['w4a4', 'w6a6']}
-    path.write_text(yaml.safe_dump({'axes': usual | (axes or {}), **settings}))
+    wanted = {axis: values for axis, values in (usual | (axes or {})).items() if values is not None}
+    path.write_text(yaml.safe_dump({'axes': wanted, **settings}, sort_keys=False))
     return path
 
 
