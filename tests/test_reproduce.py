@@ -23,17 +23,20 @@ from ptqsam.solver.forecast import estimate_costs
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.reconstruct import check_reconstruction
 from ptqsam.solver.rules import RuleBook
+from ptqsam.sweep.cells import Cell
+from ptqsam.sweep.cells import expand as cells_of
+from ptqsam.sweep.cli import overrides
+from ptqsam.sweep.cli import parse_args as parse_sweep_args
+from ptqsam.sweep.spec import load_sweep
 from tests.test_readme import parse_blocks
 from tests.tiny import ARCH, ROOT
 
 DOC = ROOT / 'docs' / 'reproduce.md'
 METHODS = Path(os.environ.get('PTQSAM_METHODS', ROOT.parent / 'shared' / 'spec' / 'methods.md'))
-# `python` and the grid tell what they would do; a table needs results
+# `python` tells what it would do
 TELL = """
 python() { echo "python ${@@Q}"; }
-bash() { [[ " $* " == *' --print '* ]] || PYTHON=python command bash "$1" --dry-run "${@:2}"; }
 """
-TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=4']
 # where a line of options names no recipe
 SOME_RECIPE, SOME_CONFIG = 'exp/ptq4sam/w4a4.yaml', 'configs/yolox/yolox-l_sam-vit-b.py'
 DETECTORS = {'FRCNN': 'faster-rcnn_r50', 'YOLOX': 'yolox-l', 'H-DETR': 'hdetr_r50', 'DINO': 'dino_focalnet-l'}
@@ -81,16 +84,23 @@ def test_every_command_is_taken(text: str) -> None:
         )
         assert done.returncode == 0, f'block at line {block.line}: {done.stderr}'
         commands += [shlex.split(line) for line in done.stdout.splitlines()]
-    for command in commands:
-        tool = command.index('tools/test_quant.py')
-        assert command[0] == 'python' and command[1:tool] in ([], TORCHRUN)
-        args = parse_args(command[tool + 1 :])
-        assert (ROOT / args.model_config).is_file(), args.model_config
-        given = command[command.index('--quant-options') + 1 :] if '--quant-options' in command else []
-        load(args.quant_config, shlex.join(given))
-    first = {Path(command[3]).parent.name for command in commands if 'work_dirs/ahcq_table' in ' '.join(command)}
-    assert first == {'brecq', 'qdrop', 'ptq4sam', 'ahcq_sam'}
-    assert len(commands) > 144
+    cells: dict[str, list[Cell]] = {}
+    for _, tool, *words in commands:
+        if tool == 'tools/test_quant.py':
+            args = parse_args(words)
+            assert (ROOT / args.model_config).is_file(), args.model_config
+            given = words[words.index('--quant-options') + 1 :] if '--quant-options' in words else []
+            load(args.quant_config, shlex.join(given))
+        elif tool == 'tools/sweep.py':
+            sweep = parse_sweep_args(words)
+            cells.setdefault(str(sweep.work_dir), []).extend(
+                cells_of(load_sweep(ROOT / sweep.sweep, overrides(sweep)), sweep.sweep)
+            )
+        else:
+            assert (ROOT / tool).is_file(), tool
+    table = [cell for folder, own in cells.items() if folder.startswith('work_dirs/ahcq_table/') for cell in own]
+    assert {cell.recipe_name for cell in table} == {'brecq', 'qdrop', 'ptq4sam', 'ahcq_sam'}
+    assert len(table) == len({cell.key for cell in table}) == 144
 
 
 def test_every_recipe_and_option_of_a_table_is_taken(text: str) -> None:
@@ -119,7 +129,7 @@ def test_every_option_in_the_text_is_taken(text: str) -> None:
         for span in re.findall('`([^`]+)`', re.sub(r'(?m)^\|.*', '', paragraph).replace('\n', ' ')):
             recipe = span if span.startswith('exp/') and span.endswith('.yaml') else recipe
             if re.search(r'\w\.\w+=', span):
-                load(recipe, span.rpartition(' -- ')[2])
+                load(recipe, span)
                 count += 1
             elif re.match(r'(configs|exp|tools)/', span):
                 assert (ROOT / span).exists(), span
