@@ -72,6 +72,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f'--{name} must be at least 1')
     if args.ray_address and args.engine != 'ray':
         parser.error('--ray-address needs --engine ray')
+    if args.ray_address and args.jobs:
+        parser.error('--jobs does not go with --ray-address: resources of the cluster and of a cell decide')
     return args
 
 

@@ -1,6 +1,7 @@
 """Engine `ray`: the cells as tasks of a Ray cluster, or of a Ray started on this machine."""
 
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from threading import Event
 from typing import Any
@@ -11,6 +12,8 @@ from ptqsam.sweep.spec import Resources
 
 # a task whose node or process was lost is started again so many times; the cell goes on from what lies on disk
 RETRIES = 5
+# bytes of Ray's store of objects on this machine, about the least that it takes
+_STORE = 100_000_000
 # seconds between looks at whether the sweep is to stop
 _GLANCE = 1.0
 
@@ -77,11 +80,11 @@ def import_ray() -> Any:
 
 
 def _connect(ray: Any, address: str | None, cores: int | None) -> None:
-    settings: dict[str, Any] = dict(log_to_driver=False, logging_level='ERROR', include_dashboard=False)
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # it would tell its makers of each start
+    settings: dict[str, Any] = dict(address=address, log_to_driver=False, logging_level='ERROR')
     if address is None:
-        settings |= dict(address='local', num_cpus=cores)
-    else:
-        settings = dict(address=address, log_to_driver=False, logging_level='ERROR')
+        # results lie in files: next to nothing is kept in Ray's store
+        settings |= dict(address='local', num_cpus=cores, include_dashboard=False, object_store_memory=_STORE)
     try:
         ray.init(**settings)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:

@@ -1,6 +1,6 @@
 """Kill a sweep of short cells at random moments and see that nothing is lost and nothing computed twice.
 
-`python -m tests.test_sweep.kills FOLDER KILLS SEED` prints what happened; the test kills less often.
+`python -m tests.test_sweep.kills FOLDER KILLS SEED CELLS` prints what happened; the test kills less often.
 """
 
 import random
@@ -58,29 +58,33 @@ def kill_at_random(sweep: Path, folder: Path, cells: int, kills: int, seed: int,
     driver: subprocess.Popen | None = None
     while len(report.seen) < cells:
         if driver is None or driver.poll() is not None:
-            if driver is not None:
-                driver.communicate()
+            end(driver)
             driver = start_sweep_tool(sweep, '--work-dir', folder, '--jobs', 2, cwd=sweep.parent)
             report.starts += 1
         until = time.monotonic() + chance.uniform(0, pause)
-        while time.monotonic() < until and driver.poll() is None:
+        while time.monotonic() < until and driver.poll() is None and len(report.seen) < cells:
             time.sleep(0.05)
             report.look(folder)
         workers = tools_of(folder)
         if report.drivers + report.workers < kills and driver.poll() is None:
             if chance.random() < 0.5 or not workers:
                 kill(driver.pid)
-                driver.communicate()
+                driver = end(driver)
                 report.drivers += 1
             else:
                 kill(chance.choice(workers))
                 report.workers += 1
         report.look(folder)
-    assert driver is not None
-    driver.communicate()
+    end(driver)
     report.look(folder)
     report.seconds = time.monotonic() - start
     return report
+
+
+def end(driver: subprocess.Popen | None) -> None:
+    """Wait for a driver, if there is one, so that no dead process remains."""
+    if driver is not None:
+        driver.communicate()
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ptqsam.sweep.ledger import Ledger
 from ptqsam.sweep.records import read_records
 from tests.test_sweep.helpers import (
     kill,
@@ -136,14 +137,27 @@ def test_kills_at_random_lose_nothing_and_repeat_nothing(tiny, tmp_path):
     assert (report.lost, report.twice) == (0, 0), report
 
 
-def test_ray_runs_cells(tiny, tmp_path):
+def test_ray_survives_the_loss_of_a_node(tiny, tmp_path):
+    """A cluster of two nodes with a core each, one of which is lost while both work on a cell."""
     pytest.importorskip('ray', reason='Ray is not installed: pip install ptqsam[ray]')
+    from ray.cluster_utils import Cluster
+
     path, folder = write_sweep(tmp_path, tiny), tmp_path / 'sweep'
-    done = run_sweep_tool(path, '--work-dir', folder, '--engine', 'ray', '--jobs', 2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [record.status for record in read_records(folder)] == ['done', 'done'] and len(results(folder)) == 2
-    lost = run_sweep_tool(path, '--work-dir', folder, '--engine', 'ray', '--ray-address', '127.0.0.1:1', cwd=tmp_path)
-    assert lost.returncode == 0, 'with nothing to do no cluster is asked for'
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, object_store_memory=10**8))
+    try:
+        lost, _ = (cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2))
+        words = ('--work-dir', folder, '--engine', 'ray', '--ray-address', cluster.address)
+        driver = start_sweep_tool(path, *words, cwd=tmp_path)
+        wait_for(lambda: len(tools_of(folder)) == 2, driver)
+        cluster.remove_node(lost, allow_graceful=False)
+        told = driver.communicate(timeout=600)[0]
+    finally:
+        cluster.shutdown()
+    assert driver.returncode == 0, told
+    records = read_records(folder)
+    assert [record.status for record in records] == ['done', 'done']
+    attempts = [len(Ledger(folder).attempts(record.key)) for record in records]
+    assert sorted(attempts) == [1, 2], 'the one that was lost, once more'
 
 
 def test_ray_that_cannot_be_reached_is_one_line(tiny, tmp_path):
