@@ -69,7 +69,8 @@ def kill_at_random(sweep: Path, folder: Path, cells: int, kills: int, seed: int,
         if report.drivers + report.workers < kills and driver.poll() is None:
             if chance.random() < 0.5 or not workers:
                 kill(driver.pid)
-                driver = end(driver)
+                end(driver)
+                driver = None
                 report.drivers += 1
             else:
                 kill(chance.choice(workers))
