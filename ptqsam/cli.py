@@ -338,5 +338,5 @@ def show_result(result: dict[str, Any], show_dir: Path | None) -> None:
     print(f'{result["images"]} images; in {result["work_dir"]}:', end=' ')
     print(*(name for name in names if (Path(result['work_dir']) / name).exists()), sep=', ')
     if show_dir is not None:
-        print(f'{len(list(show_dir.iterdir()))} pictures in {show_dir}')
+        print(f'{len(list(show_dir.glob("*.jpg")))} pictures in {show_dir}')
     print(json.dumps(result))

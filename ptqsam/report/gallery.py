@@ -1,6 +1,7 @@
 """Pictures of what quantization does to masks: ground truth, FP32 and quantized side by side."""
 
 import colorsys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 import torch
+from mmengine.dist import all_gather_object, is_main_process
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
 from ptqsam.errors import AssetError
-from ptqsam.fileio import atomic_path
+from ptqsam.fileio import atomic_path, write_json
 
 if TYPE_CHECKING:
     from mmdet.structures import DetDataSample
@@ -31,6 +33,8 @@ SAME_OBJECT_IOU = 0.5
 PANEL_SIZE, PANEL_WIDTH, CAPTION, GAP = 640, 360, 46, 8
 FILL_OPACITY = 0.45
 JPEG_QUALITY = 92
+# in the folder of the pictures: what is on them, the worst first
+INDEX = 'index.json'
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Gallery:
         max_images: at most this many pictures.
 
     Attributes:
-        pictures: files written so far.
+        entries: file written so far -> its entry in `index.json`.
     """
 
     def __init__(self, show_dir: Path, dataset: Any, max_images: int = 50) -> None:
@@ -69,7 +73,12 @@ class Gallery:
         chosen = np.linspace(0, size - 1, min(size, max_images)).round().astype(int).tolist()
         self._chosen = {dataset.get_data_info(index)['img_path']: index for index in chosen}
         self._float: dict[str, Objects] = {}
-        self.pictures: list[Path] = []
+        self.entries: dict[Path, dict[str, Any]] = {}
+
+    @property
+    def pictures(self) -> list[Path]:
+        """Files written so far."""
+        return list(self.entries)
 
     def add(self, what: str, data_samples: Sequence['DetDataSample']) -> None:
         """Take the results of one batch; with those of the quantized model the pictures are written.
@@ -91,6 +100,14 @@ class Gallery:
             else:
                 self._write(sample.img_path, self._float.pop(sample.img_path, None), sample.pred_instances)
 
+    def finish(self) -> None:
+        """Know the pictures of all processes, and list them in `index.json`, those with the worst masks first."""
+        self.entries = {path: entry for entries in all_gather_object(self.entries) for path, entry in entries.items()}
+        if self.entries and is_main_process():
+            # without a float mask to compare with they stand at the end
+            entries = sorted(self.entries.values(), key=lambda entry: math.inf if entry['fp_iou'] is None else entry['fp_iou'])
+            write_json(self.show_dir / INDEX, entries)
+
     def _write(self, img_path: str, reference: Objects | None, instances: Any) -> None:
         """Write the picture of one image.
 
@@ -103,12 +120,12 @@ class Gallery:
         image = read_image(img_path)
         truth = true_objects(self.dataset.get_data_info(self._chosen[img_path]))
         panels = [panel(image, truth, match_colours(truth.boxes, quantized), 'Ground truth', count_of(truth))]
-        note = count_of(quantized)
+        note, ious = count_of(quantized), []
         if reference is not None:
             panels.append(panel(image, reference, reference.index, 'FP32', count_of(reference)))
             assert np.array_equal(reference.boxes, quantized.boxes), f'{img_path}: prompt boxes changed during the run'
-            if quantized.masks:
-                note += f', mean IoU with FP32 {mean_iou(reference, quantized):.2f}'
+            if ious := object_ious(reference, quantized):
+                note += f', mean IoU with FP32 {np.mean(ious):.2f}'
         panels.append(panel(image, quantized, quantized.index, 'Quantized', note))
         gap = np.full((panels[0].shape[0], GAP, 3), 255, np.uint8)
         row = [piece for part in panels for piece in (gap, part)][1:]
@@ -116,7 +133,13 @@ class Gallery:
         with atomic_path(path) as temporary:
             # without chroma subsampling: it smears thin coloured contours
             Image.fromarray(np.hstack(row)).save(temporary, 'JPEG', quality=JPEG_QUALITY, subsampling=0)
-        self.pictures.append(path)
+        self.entries[path] = dict(
+            file=path.name,
+            image=Path(img_path).name,
+            fp_iou=float(np.mean(ious)) if ious else None,
+            objects=len(quantized.masks),
+            worst=min(ious, default=None),
+        )
 
 
 def read_image(path: str) -> np.ndarray:
@@ -178,13 +201,13 @@ def to_rle(mask: Any) -> Rle:
     return coco_mask.encode(np.asfortranarray(mask.detach().cpu().numpy().astype(np.uint8)))
 
 
-def mean_iou(first: Objects, second: Objects) -> float:
-    """Mean intersection over union of two models' masks for the same boxes; two empty masks agree."""
+def object_ious(first: Objects, second: Objects) -> list[float]:
+    """Intersection over union of two models' masks for the same boxes, of each; two empty masks agree."""
     ious = []
     for a, b in zip(first.masks, second.masks, strict=True):
         union = float(coco_mask.area(coco_mask.merge([a, b])))
         ious.append(float(coco_mask.area(coco_mask.merge([a, b], intersect=True))) / union if union else 1.0)
-    return float(np.mean(ious))
+    return ious
 
 
 def match_colours(boxes: np.ndarray, predicted: Objects) -> np.ndarray:

@@ -1,182 +1,336 @@
-"""The table of a grid of runs, as `exp/run_grid.sh` leaves them: `python -m ptqsam.report.grid FOLDER`."""
+"""The table of a run or a sweep in the papers' layout: detectors and recipes down, SAMs and bits across, mAP in percent."""
 
-import argparse
 import json
+import math
 import re
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
+from statistics import fmean, stdev
+from string import ascii_lowercase
 from typing import Any
 
-from ptqsam.errors import AssetError, ConfigError, PTQSAMError
+from ptqsam.report.published import Source
+from ptqsam.sweep.records import Record
 
 METRIC = 'segm_mAP'
+FP = 'FP'
 # in the order of the papers' tables
 SAMS = ('mobile-sam', 'sam-vit-b', 'sam-vit-l', 'sam-vit-h')
-DETECTORS = ('faster-rcnn_r50', 'yolox-l', 'hdetr_r50', 'dino_focalnet-l')
+DETECTORS = ('oracle', 'faster-rcnn_r50', 'yolox-nano', 'yolox-l', 'hdetr_r50', 'dino_focalnet-l')
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid, finished or not.
+    """What stands at one place of the table.
 
     Attributes:
-        detector: its name, and that of the pipeline's variant.
-        sam: its name.
-        recipe: its name without bits.
-        bits: `w4a4`; empty where the recipe's name has none.
-        name: folder of the run, below that of the grid.
-        result: content of `result.json`, None while there is none.
-        error: why the run failed, one line; empty if it did not.
-        options: options of the tool that the run was started with.
+        value: mAP in percent, mean over seeds; None if there is none.
+        spread: sample standard deviation over seeds; None of fewer than two.
+        drop: difference to the float model; None if that is not known.
+        seeds: runs that the mean is over.
+        stamp: number of the note that names the published defects of these runs; 0: they have none.
+        best: highest honest value of its column among the recipes of a detector.
+        missing: what stands there instead of a value.
+    """
+
+    value: float | None = None
+    spread: float | None = None
+    drop: float | None = None
+    seeds: int = 0
+    stamp: int = 0
+    best: bool = False
+    missing: str = ''
+
+    @property
+    def number(self) -> str:
+        """The value with its spread, or what stands there instead."""
+        if self.value is None:
+            return self.missing or '-'
+        return f'{self.value:.1f}' + ('' if self.spread is None else f' ± {self.spread:.1f}')
+
+    @property
+    def loss(self) -> str:
+        """The difference to the float model, as `-16.3`; '' if it is not known."""
+        return '' if self.drop is None else f'{self.drop:+.1f}'
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        detector: its name and that of the pipeline's variant.
+        label: the recipe, with those options in which runs differ.
+        source: letter of the note on where these numbers were published; '' for our own.
+        cells: one per column.
     """
 
     detector: str
-    sam: str
-    recipe: str
-    bits: str
-    name: str
-    result: dict[str, Any] | None = None
-    error: str = ''
-    options: str = ''
+    label: str
+    cells: tuple[Cell, ...]
+    source: str = ''
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The table.
+
+    Attributes:
+        sams: label of a SAM, and the columns below it; the first is that of the float model.
+        rows: those of a detector stand together.
+        notes: what the numbers mean, what cannot be compared, what failed; one line each.
+    """
+
+    sams: tuple[tuple[str, tuple[str, ...]], ...]
+    rows: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
-    def compat(self) -> tuple[str, ...]:
-        """Published defects that were switched on."""
-        return tuple(self.result['compat']) if self.result else ()
-
-    def metric(self, which: str) -> float | None:
-        """mAP in percent of the model `fp` or `quant`, None if it is not known."""
-        metrics = self.result['metrics'][which] if self.result else None
-        return metrics[METRIC] * 100 if metrics else None
+    def detectors(self) -> list[tuple[str, list[Row]]]:
+        """Rows of each detector, in order."""
+        return [(name, list(rows)) for name, rows in groupby(self.rows, key=lambda row: row.detector)]
 
 
-def read_cells(folder: Path) -> list[Cell]:
-    """Read what the runs of a grid have left.
+@dataclass(frozen=True)
+class _Place:
+    """Where a run stands in the table."""
+
+    detector: str
+    sam: str
+    label: str
+    bits: str
+
+    @classmethod
+    def of(cls, record: Record, told: Iterable[str]) -> '_Place':
+        options = [option_text(key, record.options[key]) for key in sorted(told) if key in record.options]
+        return cls(*pipeline_parts(record.model), ', '.join((record.recipe, *options)), bits_label(record.bits))
+
+
+@dataclass
+class _Runs:
+    """The runs of a table by their place, and what holds for all of them."""
+
+    at: dict[_Place, list[Record]] = field(default_factory=dict)
+    stamps: list[tuple[str, ...]] = field(default_factory=list)
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for records in self.at.values() for record in records]
+
+
+def build_grid(records: Sequence[Record], published: Sequence[Source] = ()) -> Grid:
+    """Arrange runs as a table.
 
     Args:
-        folder: holds PIPELINE/RECIPE_BITS/, each with `result.json`, or `error.txt`, or neither yet.
+        records: runs, finished or not; those that differ in their seed alone share a place.
+        published: results to stand below ours.
 
     Returns:
-        The runs, in the order of the papers' tables.
-
-    Raises:
-        ConfigError: no such folder, or no run in it.
-        AssetError: a `result.json` that `tools/test_quant.py` has not written.
+        The table.
     """
-    if not folder.is_dir():
-        raise ConfigError(f'{folder}: no such folder; name the --work-dir of exp/run_grid.sh')
-    left = ('result.json', 'options.txt')
-    runs = [path for path in folder.glob('*/*') if any((path / name).is_file() for name in left)]
-    if not runs:
-        raise ConfigError(f'{folder}: no run of exp/run_grid.sh in it')
-    cells = [_read_cell(path) for path in runs]
-    return sorted(
-        cells, key=lambda c: (_rank(DETECTORS, c.detector), c.recipe, _rank(SAMS, c.sam), _widths(c.bits), c.bits)
+    told = differing_options(records)
+    runs = _Runs()
+    for record in records:
+        runs.at.setdefault(_Place.of(record, told), []).append(record)
+    runs.stamps = list(dict.fromkeys(stamp for record in records if (stamp := compat(record))))
+    names = sorted({place.sam for place in runs.at}, key=lambda sam: _rank(SAMS, sam))
+    columns = {
+        sam: sorted({place.bits for place in runs.at if place.sam == sam}, key=lambda bits: (_widths(bits), bits))
+        for sam in names
+    }
+    rows: list[Row] = []
+    sources: dict[str, Source] = {}
+    lines = dict.fromkeys((place.detector, place.label) for place in runs.at)
+    for detector, block in groupby(sorted(lines, key=lambda line: _rank(DETECTORS, line[0])), key=lambda line: line[0]):
+        ours = [_own_row(detector, label, runs, columns) for _, label in block]
+        for row in _with_best(ours):
+            rows += [row, *_published_rows(row, runs, columns, published, sources)]
+    return Grid(
+        sams=tuple((_label(sam), (FP, *columns[sam])) for sam in names),
+        rows=tuple(rows),
+        notes=tuple(_notes(runs, told, sources)),
     )
 
 
-def grid_table(cells: Sequence[Cell]) -> str:
-    """A grid as Markdown: detectors and recipes down, SAMs and bits across, mAP in percent.
-
-    Args:
-        cells: the runs, in order.
-
-    Returns:
-        The table: mAP of the float models, of the quantized ones, and in parentheses what is lost; [1] at a run with
-        published defects, which are named below, as are failed runs and the options that the runs had.
-    """
-    sams = sorted({cell.sam for cell in cells}, key=lambda sam: _rank(SAMS, sam))
-    bits = {sam: sorted({cell.bits for cell in cells if cell.sam == sam}, key=_widths) for sam in sams}
-    heads = [text for sam in sams for text in (f'{_label(sam)} FP'.strip(), *map(str.upper, bits[sam]))]
-    stamps = list(dict.fromkeys(cell.compat for cell in cells if cell.compat))
-    lines = [('detector', 'recipe', *heads), ('---',) * (len(heads) + 2)]
-    for (detector, recipe), group in groupby(cells, key=lambda cell: (cell.detector, cell.recipe)):
-        row = {(cell.sam, cell.bits): cell for cell in group}
-        texts = []
-        for sam in sams:
-            known = [value for (s, _), cell in row.items() if s == sam and (value := cell.metric('fp')) is not None]
-            texts.append(f'{known[0]:.1f}' if known else '-')
-            texts += [_text(row.get((sam, width)), stamps) for width in bits[sam]]
-        lines.append((detector, recipe, *texts))
-    table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-    return '\n'.join((table, '', *_notes(cells, stamps)))
+def metric(record: Record, which: str) -> float | None:
+    """mAP in percent of the model `fp` or `quant` of a run, None if it is not known."""
+    value = ((record.result or {}).get('metrics', {}).get(which) or {}).get(METRIC)
+    return value * 100 if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table of a folder.
-
-    Args:
-        argv: command line without the program's name, default `sys.argv`.
-
-    Returns:
-        Exit code: 0 done, 2 no such folder or nothing in it, 3 a broken result.
-    """
-    parser = argparse.ArgumentParser(prog='ptqsam.report.grid', description='Table of the runs of exp/run_grid.sh.')
-    parser.add_argument('folder', type=Path, help='its --work-dir')
-    try:
-        print(grid_table(read_cells(parser.parse_args(argv).folder)))
-    except PTQSAMError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return error.exit_code
-    return 0
+def compat(record: Record) -> tuple[str, ...]:
+    """Published defects that were switched on."""
+    return tuple(record.result['compat']) if record.result else ()
 
 
-def _read_cell(path: Path) -> Cell:
-    pipeline = re.fullmatch(r'(.+?)_((?:mobile-)?sam[^_]*)(?:_(.+))?', path.parent.name)
-    detector, sam, variant = pipeline.groups() if pipeline else (path.parent.name, '', None)
-    recipe, bits = re.fullmatch(r'(.+?)(?:_(w\d+a\d+))?', path.name).groups('')  # type: ignore[union-attr]
-    result = None
-    if (path / 'result.json').is_file():
-        try:
-            result = json.loads((path / 'result.json').read_text(encoding='utf-8'))
-            _ = result['metrics']['quant'][METRIC], result['metrics']['fp'], result['compat'], result['images']
-        except (ValueError, KeyError, TypeError):
-            raise AssetError(
-                f'{path / "result.json"}: no result of tools/test_quant.py with {METRIC}; remove it and run again'
-            ) from None
+def pipeline_parts(model: str) -> tuple[str, str]:
+    """Detector (with the pipeline's variant) and SAM of a pipeline's name; its SAM may be ''."""
+    match = re.fullmatch(r'(.+?)_((?:mobile-)?sam[^_]*)(?:_(.+))?', model)
+    if match is None:
+        return model, ''
+    detector, sam, variant = match.groups()
+    return (f'{detector}, {variant}' if variant else detector), sam
+
+
+def bits_label(bits: dict[str, Any]) -> str:
+    """Bit widths as `W4A8`; those of parts that differ follow, as in `W4A4 (decoder W6A8)`."""
+    whole = f'W{bits.get("weight")}A{bits.get("act")}'
+    parts = {name: bits_label(inner) for name, inner in bits.items() if isinstance(inner, dict)}
+    words = [f'{name} {label}' for name, label in parts.items() if label != whole]
+    return whole + (f' ({", ".join(words)})' if words else '')
+
+
+def differing_options(records: Iterable[Record]) -> set[str]:
+    """Options that not all runs have, or not with the same value."""
+    records = list(records)
+    keys = {key for record in records for key in record.options}
+    texts = {key: {json.dumps(r.options.get(key, ...), default=str) for r in records} for key in keys}
+    return {key for key in keys if len(texts[key]) > 1}
+
+
+def option_text(key: str, value: Any) -> str:
+    """An option as it is given on a command line."""
+    return f'{key}={value if isinstance(value, str) else json.dumps(value, default=str)}'
+
+
+def _own_row(detector: str, label: str, runs: _Runs, columns: dict[str, list[str]]) -> Row:
+    cells: list[Cell] = []
+    for sam, widths in columns.items():
+        cells.append(Cell(_whole(runs, detector, sam, label)))
+        cells += [_own_cell(runs.at.get(_Place(detector, sam, label, bits), []), runs) for bits in widths]
+    return Row(detector, label, tuple(cells))
+
+
+def _whole(runs: _Runs, detector: str, sam: str, label: str) -> float | None:
+    """mAP of the float model: that of a run in the same row if there is one, else of the same pipeline."""
+    at = {place: records for place, records in runs.at.items() if (place.detector, place.sam) == (detector, sam)}
+    for own_row in (True, False):
+        for place, records in at.items():
+            known = [value for record in records if (value := metric(record, 'fp')) is not None]
+            if known and (place.label == label or not own_row):
+                return known[0]
+    return None
+
+
+def _own_cell(records: Sequence[Record], runs: _Runs) -> Cell:
+    done = [record for record in records if metric(record, 'quant') is not None]
+    if not done:
+        # a failure weighs more than what has not been tried
+        states = [state for state in ('failed', 'interrupted', 'running', 'pending') if state in map(_state, records)]
+        return Cell(missing=states[0] if states else '-')
+    values = [value for record in done if (value := metric(record, 'quant')) is not None]
+    drops = [q - fp for record, q in zip(done, values, strict=True) if (fp := _float_of(record, runs)) is not None]
+    stamps = {compat(record) for record in done} - {()}
     return Cell(
-        detector=f'{detector}, {variant}' if variant else detector,
-        sam=sam,
-        recipe=recipe,
-        bits=bits,
-        name=f'{path.parent.name}/{path.name}',
-        result=result,
-        error=_line(path / 'error.txt'),
-        options=_line(path / 'options.txt'),
+        value=fmean(values),
+        spread=stdev(values) if len(values) > 1 else None,
+        drop=fmean(drops) if len(drops) == len(values) else None,
+        seeds=len(values),
+        stamp=runs.stamps.index(min(stamps)) + 1 if stamps else 0,
     )
 
 
-def _line(path: Path) -> str:
-    return path.read_text(encoding='utf-8', errors='replace').strip() if path.is_file() else ''
+def _state(record: Record) -> str:
+    return 'failed' if record.status == 'done' else record.status
 
 
-def _text(cell: Cell | None, stamps: list[tuple[str, ...]]) -> str:
-    """What stands in the table for a run."""
-    if cell is None:
-        return '-'
-    value, whole = cell.metric('quant'), cell.metric('fp')
-    if value is None:
-        return 'failed' if cell.error else 'unfinished'
-    lost = '' if whole is None else f' ({value - whole:+.1f})'
-    return f'{value:.1f}{lost}' + (f' [{stamps.index(cell.compat) + 1}]' if cell.compat else '')
+def _float_of(record: Record, runs: _Runs) -> float | None:
+    """mAP of the float model on the images of a run: its own, or that of another run of the pipeline."""
+    if (own := metric(record, 'fp')) is not None:
+        return own
+    for other in runs.records:
+        if other.model == record.model and _images(other) == _images(record) and metric(other, 'fp') is not None:
+            return metric(other, 'fp')
+    return None
 
 
-def _notes(cells: Sequence[Cell], stamps: list[tuple[str, ...]]) -> list[str]:
+def _images(record: Record) -> int | None:
+    return record.result.get('images') if record.result else None
+
+
+def _with_best(rows: list[Row]) -> list[Row]:
+    """Mark the best of each column; one that stands alone is not the best of anything."""
+    best: list[list[bool]] = [[False] * len(row.cells) for row in rows]
+    for place in range(len(rows[0].cells)):
+        values = [None if row.cells[place].stamp else row.cells[place].value for row in rows]
+        known = [round(value, 1) for value in values if value is not None]
+        if len(known) > 1 and any(row.cells[place].seeds for row in rows):
+            for number, value in enumerate(values):
+                best[number][place] = value is not None and round(value, 1) == max(known)
+    return [
+        replace(row, cells=tuple(replace(cell, best=b) for cell, b in zip(row.cells, marks, strict=True)))
+        for row, marks in zip(rows, best, strict=True)
+    ]
+
+
+def _published_rows(
+    row: Row, runs: _Runs, columns: dict[str, list[str]], published: Sequence[Source], used: dict[str, Source]
+) -> list[Row]:
+    """What papers state for the places of a row; their sources are added to those that are used."""
+    models = {place: records[0] for place, records in runs.at.items() if place.detector == row.detector}
+    rows = []
+    for source in published:
+        cells: list[Cell] = []
+        for sam, widths in columns.items():
+            model = next((record.model for place, record in models.items() if place.sam == sam), '')
+            whole = source.whole.get(model)
+            recipe = next((record.recipe for place, record in models.items() if place.label == row.label), '')
+            values = [source.values.get((model, recipe, bits)) for bits in widths]
+            drops = [None if None in (value, whole) else value - whole for value in values]  # type: ignore[operator]
+            cells += [Cell(whole), *(Cell(v, drop=drop) for v, drop in zip(values, drops, strict=True))]
+        # the float model alone says nothing about a recipe
+        stated = [cell for cell, head in zip(cells, _heads(columns), strict=True) if head != FP]
+        if any(cell.value is not None for cell in stated):
+            letter = ascii_lowercase[list(used).index(source.name)] if source.name in used else ''
+            used.setdefault(source.name, source)
+            letter = letter or ascii_lowercase[len(used) - 1]
+            rows.append(Row(row.detector, 'published', tuple(cells), letter))
+    return rows
+
+
+def _heads(columns: dict[str, list[str]]) -> list[str]:
+    return [head for widths in columns.values() for head in (FP, *widths)]
+
+
+def _notes(runs: _Runs, told: set[str], sources: dict[str, Source]) -> list[str]:
     """Lines below the table."""
-    images = sorted({cell.result['images'] for cell in cells if cell.result})
-    notes = [f'Mask mAP in percent (difference to FP) on {" or ".join(map(str, images)) or "no"} images.']
+    records = runs.records
+    images = sorted({n for record in records if (n := _images(record)) is not None})
+    several = any(len(group) > 1 for group in runs.at.values())
+    notes = [
+        f'Mask mAP in percent (difference to FP, the float model) on {" or ".join(map(str, images)) or "no"} images'
+        + ('; mean ± sample standard deviation over seeds.' if several else '.')
+    ]
     if len(images) > 1:
         notes.append('Not all runs were evaluated on the same images: do not compare them.')
-    notes += [f'[{number}] with published defects: {", ".join(stamp)}' for number, stamp in enumerate(stamps, start=1)]
-    options = Counter(cell.options for cell in cells)
-    if any(options):
-        notes += [f'Options of {n} of {len(cells)} runs: {text or "none"}' for text, n in options.items()]
-    notes += [f'Failed: {cell.name}: {cell.error}' for cell in cells if cell.error and not cell.result]
-    return [f'- {note}' for note in notes]
+    notes += [f'[{n}] with published defects: {", ".join(stamp)}' for n, stamp in enumerate(runs.stamps, start=1)]
+    for letter, source in zip(ascii_lowercase, sources.values(), strict=False):
+        notes.append(f'[{letter}] as published, {source.name}: {source.note}.')
+    if sources:
+        notes.append('Published numbers are on all 5000 images of COCO val2017, with the papers\' protocols.')
+    common = {key: value for record in records[:1] for key, value in record.options.items() if key not in told}
+    if common:
+        notes.append(f'All runs have {" ".join(option_text(key, value) for key, value in common.items())}')
+    notes += [f'{name}: {count} seeds of {total}' for name, count, total in _incomplete(runs)]
+    for record in records:
+        if record.result is None and record.error:
+            notes.append(f'{record.status.capitalize()}: {record.name}: {record.error}')
+        elif record.result is not None and metric(record, 'quant') is None:
+            notes.append(f'Failed: {record.name}: its result has no {METRIC}')
+    waiting = Counter(record.status for record in records if record.result is None and not record.error)
+    if waiting:
+        notes.append(f'Not finished: {", ".join(f"{count} {status}" for status, count in waiting.items())}')
+    return notes
+
+
+def _incomplete(runs: _Runs) -> Iterable[tuple[str, int, int]]:
+    """Places where some seeds have a result, and others have none."""
+    for place, records in runs.at.items():
+        done = sum(metric(record, 'quant') is not None for record in records)
+        if 0 < done < len(records):
+            yield ' '.join(filter(None, (place.detector, place.sam, place.label, place.bits))), done, len(records)
 
 
 def _label(sam: str) -> str:
@@ -190,9 +344,5 @@ def _rank(order: Sequence[str], name: str) -> tuple[int, str]:
 
 
 def _widths(bits: str) -> tuple[int, ...]:
-    """`w4a8` as (4, 8), so that columns stand by width."""
+    """`W4A8` as (4, 8), so that columns stand by width."""
     return tuple(map(int, re.findall(r'\d+', bits)))
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -341,8 +341,7 @@ class PTQLoop(TestLoop):
                 self.gallery.add(what, outputs)
             self.evaluator.process(data_samples=outputs, data_batch=batch)
         if self.gallery is not None:
-            drawn = itertools.chain(*all_gather_object(self.gallery.pictures))
-            self.gallery.pictures = list(dict.fromkeys(drawn))
+            self.gallery.finish()
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
         return {key.split('/')[-1]: float(value) for key, value in metrics.items()}
 

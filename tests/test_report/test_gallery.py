@@ -198,6 +198,25 @@ def test_chosen_images_are_spread_over_the_dataset(tmp_path):
     assert [path.name for path in pictures.pictures] == ['000.jpg', '004.jpg', '008.jpg']
 
 
+def test_index_names_the_worst_first(tmp_path):
+    dataset = Dataset(tmp_path, count=4)
+    pictures = Gallery(tmp_path / 'show', dataset)
+    whole, half, nothing = rectangle(*LEFT), rectangle(100, 60, 160, 220), np.zeros((HEIGHT, WIDTH), bool)
+    for path in dataset.paths[1:]:
+        pictures.add('fp', [sample(path, [whole, nothing])])
+    pictures.finish()
+    assert not (tmp_path / 'show').exists()
+    for path, mask in zip(dataset.paths, (whole, half, whole, nothing), strict=True):
+        pictures.add('quant', [sample(path, [mask, nothing])])
+    pictures.finish()
+    index = json.loads((tmp_path / 'show' / 'index.json').read_text())
+    rows = [('003', 0.5, 0), ('001', 0.75, 0.5), ('002', 1, 1), ('000', None, None)]
+    assert index == [
+        dict(file=f'{name}.jpg', image=f'{name}.png', fp_iou=iou, objects=2, worst=worst) for name, iou, worst in rows
+    ]
+    assert [path.name for path in pictures.pictures] == ['000.jpg', '001.jpg', '002.jpg', '003.jpg']
+
+
 def test_large_images_are_scaled_down(tmp_path):
     shape = (600, 1280)
     dataset = Dataset(tmp_path, shape=shape)
@@ -253,21 +272,21 @@ def objects_of(*masks: np.ndarray) -> Objects:
     return Objects([rle(mask) for mask in masks], np.zeros((len(masks), 4)), np.arange(len(masks)), len(masks))
 
 
-def test_mean_iou_by_hand():
+def test_ious_by_hand():
     half = rectangle(100, 60, 160, 220)
     nothing = np.zeros((HEIGHT, WIDTH), bool)
-    assert gallery.mean_iou(objects_of(rectangle(*LEFT)), objects_of(half)) == pytest.approx(0.5)
-    assert gallery.mean_iou(objects_of(nothing), objects_of(nothing)) == 1
+    assert gallery.object_ious(objects_of(rectangle(*LEFT)), objects_of(half)) == pytest.approx([0.5])
+    assert gallery.object_ious(objects_of(nothing), objects_of(nothing)) == [1]
     first, second = objects_of(half, half, nothing), objects_of(half, nothing, nothing)
-    assert gallery.mean_iou(first, second) == pytest.approx(2 / 3)
+    assert gallery.object_ious(first, second) == [1, 0, 1]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
-def test_mean_iou_is_that_of_the_pixels(seed, count):
+def test_ious_are_those_of_the_pixels(seed, count):
     a, b = np.random.default_rng(seed).random((2, count, 9, 7)) < 0.4
     union = (a | b).sum(axis=(1, 2))
-    expected = np.where(union > 0, (a & b).sum(axis=(1, 2)) / np.maximum(union, 1), 1).mean()
-    assert gallery.mean_iou(objects_of(*a), objects_of(*b)) == pytest.approx(expected)
+    expected = np.where(union > 0, (a & b).sum(axis=(1, 2)) / np.maximum(union, 1), 1)
+    assert gallery.object_ious(objects_of(*a), objects_of(*b)) == pytest.approx(expected)
 
 
 def test_ground_truth_has_the_colour_of_its_prompt_box():
