@@ -105,7 +105,9 @@ class Gallery:
         self.entries = {path: entry for entries in all_gather_object(self.entries) for path, entry in entries.items()}
         if self.entries and is_main_process():
             # without a float mask to compare with they stand at the end
-            entries = sorted(self.entries.values(), key=lambda entry: math.inf if entry['fp_iou'] is None else entry['fp_iou'])
+            entries = sorted(
+                self.entries.values(), key=lambda entry: math.inf if entry['fp_iou'] is None else entry['fp_iou']
+            )
             write_json(self.show_dir / INDEX, entries)
 
     def _write(self, img_path: str, reference: Objects | None, instances: Any) -> None:

@@ -1,4 +1,4 @@
-"""The table of a run or a sweep in the papers' layout: detectors and recipes down, SAMs and bits across, mAP in percent."""
+"""The table of a run or a sweep in the papers' layout: detectors and recipes down, SAMs and bits across."""
 
 import json
 import math
@@ -309,7 +309,7 @@ def _notes(runs: _Runs, told: set[str], sources: dict[str, Source]) -> list[str]
     for letter, source in zip(ascii_lowercase, sources.values(), strict=False):
         notes.append(f'[{letter}] as published, {source.name}: {source.note}.')
     if sources:
-        notes.append('Published numbers are on all 5000 images of COCO val2017, with the papers\' protocols.')
+        notes.append("Published numbers are on all 5000 images of COCO val2017, with the papers' protocols.")
     common = {key: value for record in records[:1] for key, value in record.options.items() if key not in told}
     if common:
         notes.append(f'All runs have {" ".join(option_text(key, value) for key, value in common.items())}')

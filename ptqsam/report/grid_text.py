@@ -23,7 +23,9 @@ def markdown(grid: Grid) -> str:
     Args:
         grid: the table.
     """
-    heads = [f'{sam} {column}'.strip() if n == 0 else column for sam, group in grid.sams for n, column in enumerate(group)]
+    heads = [
+        f'{sam} {column}'.strip() if n == 0 else column for sam, group in grid.sams for n, column in enumerate(group)
+    ]
     lines = [('detector', 'recipe', *heads), ('---',) * (len(heads) + 2)]
     for row in grid.rows:
         label = f'{row.label} [{row.source}]' if row.source else row.label

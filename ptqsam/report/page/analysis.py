@@ -1,0 +1,71 @@
+"""Sections from the files of `tools/analyze.py`."""
+
+from pathlib import Path
+from typing import Any
+
+from ptqsam.report.page.artefacts import column, csv_table, number, read_csv, read_json
+from ptqsam.report.page.blocks import Block, Small
+from ptqsam.report.page.charts import channels, histogram, profile, ranked
+from ptqsam.report.page.pictures import Album
+
+# worst quantizers that are named, histograms and grouped inputs that are drawn
+NAMED, HISTOGRAMS, GROUPED = 25, 24, 4
+
+
+def sensitivity(path: Path, _: Album) -> list[Block]:
+    """What each quantizer alone does to the masks: the worst by name, and all in order of execution."""
+    names = ('enabled_sqnr_db', 'enabled_iou', 'disabled_sqnr_db', 'disabled_iou')
+    rows = read_csv(path, 'path', 'role', 'kind', 'bits', *names)
+    blocks: list[Block] = []
+    # of several bit widths of a quantizer the lowest hurts most
+    lowest = min((row['bits'] for row in rows), key=lambda bits: number(bits) or 0.0, default='')
+    for kind, title in (('act', 'activation'), ('weight', 'weight')):
+        mine = [row for row in rows if row['kind'] == kind and row['bits'] == lowest]
+        known = [(row['path'], value) for row in mine if (value := number(row['enabled_iou'])) is not None]
+        worst = sorted(known, key=lambda item: item[1])[:NAMED]
+        if not worst:
+            continue
+        caption = f'mask IoU lost with one {title} quantizer on at {lowest} bits: the {len(worst)} that cost most'
+        blocks.append(ranked(caption, [name for name, _ in worst], [100 * (1 - iou) for _, iou in worst], '%'))
+        caption = f'SQNR of the mask logits with one {title} quantizer on at {lowest} bits, in order of execution'
+        blocks.append(profile(caption, [row['path'] for row in mine], column(mine, 'enabled_sqnr_db'), 'dB'))
+    return [*blocks, csv_table('All quantizers and bit widths', rows)]
+
+
+def histograms(path: Path, _: Album) -> list[Block]:
+    """One point of each role."""
+    content: dict[str, Any] = read_json(path)
+    shown: dict[str, str] = {}
+    for point, found in content.items():
+        shown.setdefault(found['role'], point)
+    charts = []
+    for role, point in list(shown.items())[:HISTOGRAMS]:
+        found = content[point]
+        caption = f'{role}: {point}, {found["quantizer"]} {found["bits"]} bit'
+        charts.append(histogram(caption, found['edges'], found['counts'], found['levels']))
+    return [Small(tuple(charts))]
+
+
+def groups(path: Path, _: Album) -> list[Block]:
+    """Channels of the grouped inputs whose groups save most."""
+    content: dict[str, Any] = read_json(path)
+    gains = {name: _saved(found) for name, found in content.items()}
+    chosen = sorted(content, key=lambda name: -gains[name])[:GROUPED]
+    return [
+        channels(
+            f'{name}: {len(found["group_lo"])} groups of {len(found["lo"])} channels; the mean range is '
+            f'{100 * (1 - gains[name]):.0f} % as wide as the shared one',
+            found['lo'],
+            found['hi'],
+            [int(number) for number in found['group']],
+            list(zip(found['group_lo'], found['group_hi'], strict=True)),
+        )
+        for name, found in ((name, content[name]) for name in chosen)
+    ]
+
+
+def _saved(found: dict[str, Any]) -> float:
+    """Share of the common range that a channel's group does without, mean over channels."""
+    whole = max(found['hi']) - min(found['lo'])
+    widths = [found['group_hi'][int(g)] - found['group_lo'][int(g)] for g in found['group']]
+    return 1 - sum(widths) / len(widths) / whole if whole > 0 else 0.0

@@ -1,0 +1,263 @@
+"""The charts of the page."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from ptqsam.report.page.svg import COLOURS, Drawing, Scale, scale_of, short
+from ptqsam.report.plots import module_groups
+
+WIDTH = 1000.0
+# pixels around the plots
+LEFT, RIGHT, TOP, BOTTOM = 56.0, 12.0, 14.0, 26.0
+# of many bars those that are numbered and named
+WORST = 8
+
+Values = Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with what explains it.
+
+    Attributes:
+        svg: the drawing.
+        caption: what it shows.
+        legend: style and meaning of each colour.
+        named: what the numbers in the drawing stand for, from 1 on.
+    """
+
+    svg: Markup
+    caption: str
+    legend: tuple[tuple[str, str], ...] = ()
+    named: tuple[str, ...] = ()
+    kind: str = 'chart'
+
+
+def profile(
+    caption: str, names: Sequence[str], values: Values, unit: str = '', base: float = 0.0, log: bool = False
+) -> Chart:
+    """A bar per layer in order of execution, coloured by the part of the model; the lowest ones are numbered and named.
+
+    Args:
+        caption: what it shows.
+        names: paths.
+        values: of each; None: not known; infinite ones are drawn at full height.
+        unit: of the values.
+        base: where bars begin.
+        log: logarithmic axis; the highest ones are numbered then, as the values are those that should be low.
+    """
+    groups = module_groups([f'{name}.' for name in names])
+    styles = {group: f'c{n % COLOURS}' for n, group in enumerate(dict.fromkeys(groups.values()))}
+    drawing = Drawing(WIDTH, 240, caption)
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    y = scale_of(finite, drawing.height - TOP, TOP + 12, log, include=[base])
+    drawing.y_axis(y, LEFT, WIDTH - RIGHT)
+    step = (WIDTH - LEFT - RIGHT) / max(len(names), 1)
+    known = [i for i, v in enumerate(values) if v is not None and math.isfinite(v)]
+    worst = sorted(known, key=lambda i: (-1 if log else 1) * (values[i] or 0.0))[:WORST]
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        if value is None or math.isnan(value):
+            continue
+        place = y(value) if math.isfinite(value) else y.end
+        x, style = LEFT + i * step, styles[groups[f'{name}.']]
+        top = min(place, y(base))
+        drawing.rect(x, top, step * 0.82, abs(place - y(base)), style, f'{name}: {short(value)} {unit}'.strip())
+        if i in worst:
+            drawing.text(x + step * 0.41, top - 3, str(worst.index(i) + 1), 'rank mid')
+    drawing.line(LEFT, y(base), WIDTH - RIGHT, y(base), 'axis')
+    named = tuple(f'{names[i]}: {short(values[i] or 0.0)} {unit}'.strip() for i in worst)
+    return Chart(drawing.svg(), caption, tuple((style, group) for group, style in styles.items()), named)
+
+
+def before_after(
+    caption: str, names: Sequence[str], series: Mapping[str, Values], log: bool = False, line: float | None = None
+) -> Chart:
+    """A dot per layer and series, those of a layer joined.
+
+    Args:
+        caption: what it shows.
+        names: paths, in order of execution.
+        series: what it is -> value of each layer; None: there is none.
+        log: logarithmic axis; values that are not positive or infinite are drawn at its ends.
+        line: a value that is marked.
+    """
+    drawing = Drawing(WIDTH, 240, caption)
+    values = [v for column in series.values() for v in column if v is not None]
+    y = scale_of(values, drawing.height - TOP, TOP, log, include=[] if line is None else [line])
+    drawing.y_axis(y, LEFT, WIDTH - RIGHT)
+    if line is not None:
+        drawing.line(LEFT, y(line), WIDTH - RIGHT, y(line), 'dash')
+    step = (WIDTH - LEFT - RIGHT) / max(len(names), 1)
+    radius = min(max(step * 0.36, 2.0), 5.0)
+    for i, name in enumerate(names):
+        x = LEFT + (i + 0.5) * step
+        there = [column[i] for column in series.values()]
+        places = [y(v) for v in there if v is not None and not math.isnan(v)]
+        if len(places) > 1:
+            drawing.line(x, min(places), x, max(places), 'link')
+        for (label, column), style in zip(series.items(), ('c0', 'c5', 'c2', 'c4'), strict=False):
+            value = column[i]
+            if value is not None and not math.isnan(value):
+                drawing.dot(x, y(value), radius, style, f'{name}, {label}: {short(value)}')
+    legend = tuple(zip(('c0', 'c5', 'c2', 'c4'), series, strict=False))
+    return Chart(drawing.svg(), caption, legend)
+
+
+def ranked(caption: str, names: Sequence[str], values: Sequence[float], unit: str) -> Chart:
+    """Horizontal bars with their names, in the given order.
+
+    Args:
+        caption: what it shows.
+        names: paths.
+        values: of each, finite.
+        unit: of the values.
+    """
+    groups = module_groups([f'{name}.' for name in names])
+    styles = {group: f'c{n % COLOURS}' for n, group in enumerate(dict.fromkeys(groups.values()))}
+    row, names_end = 19.0, 440.0
+    drawing = Drawing(WIDTH, TOP + row * len(names) + BOTTOM, caption)
+    x = scale_of(values, names_end, WIDTH - 70, include=[0.0])
+    drawing.x_axis(x, TOP, TOP + row * len(names))
+    for number, (name, value) in enumerate(zip(names, values, strict=True)):
+        y = TOP + number * row
+        drawing.text(names_end - 8 if value >= 0 or x.low >= 0 else x.start - 8, y + 14, name, 'path end')
+        left, right = sorted((x(0.0), x(value)))
+        drawing.rect(left, y + 3, right - left, row - 6, styles[groups[f'{name}.']], f'{name}: {short(value)} {unit}')
+        drawing.text(right + 5, y + 14, f'{short(round(value, 2))} {unit}', 'tick')
+    drawing.line(x(0.0), TOP, x(0.0), TOP + row * len(names), 'axis')
+    return Chart(drawing.svg(), caption, tuple((style, group) for group, style in styles.items()))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run in a chart of accuracy against size."""
+
+    series: str
+    size: float
+    value: float
+    label: str
+
+
+def accuracy_by_size(caption: str, points: Sequence[Point], whole: float | None) -> Chart:
+    """mAP against packed size, a line per recipe, the float model as a horizontal line.
+
+    Args:
+        caption: what it shows.
+        points: runs.
+        whole: mAP of the float model in percent, None if it is not known.
+    """
+    drawing = Drawing(WIDTH, 360, caption)
+    bottom, right = drawing.height - 44, WIDTH - 70
+    x = scale_of([point.size for point in points], LEFT, right)
+    y = scale_of([point.value for point in points], bottom, TOP, include=[0.0] if whole is None else [0.0, whole])
+    y = Scale(y.low, y.high + 0.05 * (y.high - y.low), y.start, y.end)
+    drawing.x_axis(x, TOP, bottom)
+    drawing.y_axis(y, LEFT, right)
+    drawing.text((LEFT + right) / 2, drawing.height - 6, 'packed size, MB', 'tick mid')
+    drawing.text(4, TOP - 2, 'mAP', 'tick')
+    if whole is not None:
+        drawing.line(LEFT, y(whole), right, y(whole), 'dash')
+        drawing.text(right + 6, y(whole) + 4, f'FP {whole:.1f}', 'tick')
+    names = list(dict.fromkeys(point.series for point in points))
+    for number, name in enumerate(names):
+        mine = sorted((p for p in points if p.series == name), key=lambda point: point.size)
+        style = number % COLOURS
+        drawing.polyline([(x(p.size), y(p.value)) for p in mine], f's{style}')
+        for p in mine:
+            drawing.dot(x(p.size), y(p.value), 5, f'c{style}', f'{name} {p.label}: {p.value:.1f} mAP, {p.size:.1f} MB')
+    # bits have sizes of their own, so a label per size is enough
+    for label in dict.fromkeys(point.label for point in points):
+        mine = [point for point in points if point.label == label]
+        top = max(mine, key=lambda point: point.value)
+        drawing.text(x(top.size), y(top.value) - 10, label, 'tick mid')
+    return Chart(drawing.svg(), caption, tuple((f'c{n % COLOURS}', name) for n, name in enumerate(names)))
+
+
+def histogram(caption: str, edges: Sequence[float], counts: Sequence[float], levels: Sequence[float]) -> Chart:
+    """A histogram on a logarithmic axis of counts, quantizer levels as lines.
+
+    Args:
+        caption: what it shows.
+        edges: ascending, one more than counts.
+        counts: of each bin.
+        levels: of the quantizer; those beyond the edges widen the axis.
+    """
+    drawing = Drawing(320, 170, caption)
+    bottom, right = drawing.height - 24, drawing.width - 8
+    low, high = min([edges[0], *levels]), max([edges[-1], *levels])
+    x = Scale(low, high if high > low else low + 1, 40, right)
+    y = Scale(0.5, max(2.0, *counts) * 1.3, bottom, 10, log=True)
+    for tick in y.ticks(3):
+        drawing.text(36, y(tick) + 4, short(tick), 'tick end')
+    drawing.x_axis(x, bottom, bottom, 4)
+    steps = [
+        (x(edge), y(count))
+        for left, edge2, count in zip(edges, edges[1:], counts, strict=False)
+        for edge in (left, edge2)
+    ]
+    drawing.polygon([(x(edges[0]), bottom), *steps, (x(edges[-1]), bottom)], 'c1 area')
+    for level in levels:
+        drawing.line(x(level), 10, x(level), bottom, 'level')
+    drawing.line(40, bottom, right, bottom, 'axis')
+    return Chart(drawing.svg(), caption)
+
+
+def channels(
+    caption: str, lo: Sequence[float], hi: Sequence[float], group: Sequence[int], bounds: Sequence[tuple[float, float]]
+) -> Chart:
+    """Extremes of each channel, ordered by group, in front of the range of its group.
+
+    Args:
+        caption: what it shows.
+        lo: smallest value of each channel.
+        hi: largest.
+        group: number of each channel's group.
+        bounds: range of each group.
+    """
+    order = sorted(range(len(lo)), key=lambda c: (bounds[group[c]][1] - bounds[group[c]][0], group[c], hi[c] - lo[c]))
+    drawing = Drawing(WIDTH, 220, caption)
+    ends = [*lo, *hi, *(end for bound in bounds for end in bound)]
+    y = scale_of(ends, drawing.height - TOP, TOP)
+    drawing.y_axis(y, LEFT, WIDTH - RIGHT)
+    step = (WIDTH - LEFT - RIGHT) / max(len(order), 1)
+    start = 0
+    for number in dict.fromkeys(group[c] for c in order):
+        count = sum(1 for c in order if group[c] == number)
+        low, high = bounds[number]
+        tip = f'group {number}: {count} channels, range {short(low)} to {short(high)}'
+        place = LEFT + start * step
+        drawing.rect(place, y(high), count * step, y(low) - y(high), f'c{number % COLOURS} band', tip)
+        start += count
+    for place, c in enumerate(order):
+        x = LEFT + (place + 0.5) * step
+        drawing.line(x, y(lo[c]), x, y(hi[c]), f's{group[c] % COLOURS} thin')
+    for end in (min(lo), max(hi)):
+        drawing.line(LEFT, y(end), WIDTH - RIGHT, y(end), 'dash')
+    return Chart(drawing.svg(), caption)
+
+
+def stages(caption: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> Chart:
+    """Time of each stage as stacked horizontal bars.
+
+    Args:
+        caption: what it shows.
+        rows: name of a run, and seconds of each of its stages.
+    """
+    names = list(dict.fromkeys(stage for _, seconds in rows for stage in seconds))
+    row, left = 22.0, 250.0
+    drawing = Drawing(WIDTH, TOP + row * len(rows) + BOTTOM, caption)
+    totals = [sum(seconds.values()) for _, seconds in rows]
+    x = Scale(0.0, max(totals) or 1.0, left, WIDTH - 70)
+    drawing.x_axis(x, TOP, TOP + row * len(rows))
+    for number, (name, seconds) in enumerate(rows):
+        y, done = TOP + row * number, 0.0
+        drawing.text(left - 8, y + 15, name if len(name) < 40 else f'…{name[-38:]}', 'path end')
+        for stage, time in seconds.items():
+            style = f'c{names.index(stage) % COLOURS}'
+            drawing.rect(x(done), y + 3, x(done + time) - x(done), row - 6, style, f'{name}, {stage}: {time:.1f} s')
+            done += time
+        drawing.text(x(done) + 5, y + 15, f'{done:.0f} s', 'tick')
+    return Chart(drawing.svg(), caption, tuple((f'c{n % COLOURS}', name) for n, name in enumerate(names)))

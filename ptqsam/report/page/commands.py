@@ -1,0 +1,58 @@
+"""Commands that make what a page shows, as a reader can type them."""
+
+import shlex
+from pathlib import Path
+
+from ptqsam.report.grid import option_text
+from ptqsam.sweep.records import Record
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run_command(record: Record, *more: str) -> str:
+    """The command of `tools/test_quant.py` that a run's result and its sweep speak of.
+
+    Args:
+        record: the run.
+        more: further arguments.
+    """
+    words = ['python', 'tools/test_quant.py', pipeline_file(record), recipe_file(record), '--seed', str(record.seed)]
+    options: dict[str, list[str]] = {'--quant-options': [], '--cfg-options': []}
+    for key, value in record.options.items():
+        option = '--cfg-options' if key.startswith('cfg:') else '--quant-options'
+        options[option].append(option_text(key.removeprefix('cfg:'), value))
+    for option, values in options.items():
+        words += [option, *values] if values else []
+    return shlex.join([*words, *more])
+
+
+def masks_command(record: Record) -> str:
+    """The command that draws masks of a run."""
+    return run_command(record, '--work-dir', str(record.folder), '--show-dir', str(record.folder / 'masks'))
+
+
+def analysis_command(record: Record) -> str:
+    """The command that measures the sensitivity of a run."""
+    return shlex.join(['python', 'tools/analyze.py', pipeline_file(record), str(record.folder)])
+
+
+def pipeline_file(record: Record) -> str:
+    """Where the pipeline of a run lies, or its name if it is none of this project's."""
+    return _below(f'configs/*/{record.model}.*') or record.model
+
+
+def recipe_file(record: Record) -> str:
+    """Where the recipe of a run lies, or its name if it is none of this project's."""
+    name = str((record.result or {}).get('quant', record.recipe))
+    for place, letter in enumerate(name):
+        if letter == '_' and (found := _below(f'exp/{name[:place]}/{name[place + 1 :]}.yaml')):
+            return found
+    return name
+
+
+def _below(pattern: str) -> str:
+    try:
+        found = sorted(ROOT.glob(pattern))
+    except (ValueError, NotImplementedError):  # a name that is no pattern
+        return ''
+    return str(found[0].relative_to(ROOT)) if found else ''
