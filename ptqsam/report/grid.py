@@ -141,12 +141,13 @@ def build_grid(records: Sequence[Record], published: Sequence[Source] = ()) -> G
         for sam in names
     }
     rows: list[Row] = []
-    sources: dict[str, Source] = {}
+    stated = {(record.model, record.recipe, bits_label(record.bits)) for record in records}
+    sources = dict(zip(ascii_lowercase, (source for source in published if stated & set(source.values)), strict=False))
     lines = dict.fromkeys((place.detector, place.label) for place in runs.at)
     for detector, block in groupby(sorted(lines, key=lambda line: _rank(DETECTORS, line[0])), key=lambda line: line[0]):
         ours = [_own_row(detector, label, runs, columns) for _, label in block]
         for row in _with_best(ours):
-            rows += [row, *_published_rows(row, runs, columns, published, sources)]
+            rows += [row, *_published_rows(row, runs, columns, sources)]
     return Grid(
         sams=tuple((_label(sam), (FP, *columns[sam])) for sam in names),
         rows=tuple(rows),
@@ -265,33 +266,25 @@ def _with_best(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _published_rows(
-    row: Row, runs: _Runs, columns: dict[str, list[str]], published: Sequence[Source], used: dict[str, Source]
-) -> list[Row]:
-    """What papers state for the places of a row; their sources are added to those that are used."""
+def _published_rows(row: Row, runs: _Runs, columns: dict[str, list[str]], sources: dict[str, Source]) -> list[Row]:
+    """What papers state for the places of a row."""
     models = {place: records[0] for place, records in runs.at.items() if place.detector == row.detector}
+    recipe = next(record.recipe for place, record in models.items() if place.label == row.label)
     rows = []
-    for source in published:
+    for letter, source in sources.items():
         cells: list[Cell] = []
+        stated = False
         for sam, widths in columns.items():
             model = next((record.model for place, record in models.items() if place.sam == sam), '')
             whole = source.whole.get(model)
-            recipe = next((record.recipe for place, record in models.items() if place.label == row.label), '')
             values = [source.values.get((model, recipe, bits)) for bits in widths]
             drops = [None if None in (value, whole) else value - whole for value in values]  # type: ignore[operator]
             cells += [Cell(whole), *(Cell(v, drop=drop) for v, drop in zip(values, drops, strict=True))]
-        # the float model alone says nothing about a recipe
-        stated = [cell for cell, head in zip(cells, _heads(columns), strict=True) if head != FP]
-        if any(cell.value is not None for cell in stated):
-            letter = ascii_lowercase[list(used).index(source.name)] if source.name in used else ''
-            used.setdefault(source.name, source)
-            letter = letter or ascii_lowercase[len(used) - 1]
+            # the float model alone says nothing about a recipe
+            stated |= any(value is not None for value in values)
+        if stated:
             rows.append(Row(row.detector, 'published', tuple(cells), letter))
     return rows
-
-
-def _heads(columns: dict[str, list[str]]) -> list[str]:
-    return [head for widths in columns.values() for head in (FP, *widths)]
 
 
 def _notes(runs: _Runs, told: set[str], sources: dict[str, Source]) -> list[str]:
@@ -306,8 +299,7 @@ def _notes(runs: _Runs, told: set[str], sources: dict[str, Source]) -> list[str]
     if len(images) > 1:
         notes.append('Not all runs were evaluated on the same images: do not compare them.')
     notes += [f'[{n}] with published defects: {", ".join(stamp)}' for n, stamp in enumerate(runs.stamps, start=1)]
-    for letter, source in zip(ascii_lowercase, sources.values(), strict=False):
-        notes.append(f'[{letter}] as published, {source.name}: {source.note}.')
+    notes += [f'[{letter}] as published, {source.name}: {source.note}.' for letter, source in sources.items()]
     if sources:
         notes.append("Published numbers are on all 5000 images of COCO val2017, with the papers' protocols.")
     common = {key: value for record in records[:1] for key, value in record.options.items() if key not in told}

@@ -1,8 +1,10 @@
 """Runs to report on."""
 
 import dataclasses
+import json
 from pathlib import Path
 
+from ptqsam.sweep.ledger import Ledger
 from ptqsam.sweep.records import Record
 
 BASE = Record(
@@ -51,3 +53,22 @@ def run(quant: float | None = None, fp: float | None = None, bits: str = 'W4A4',
         record = dataclasses.replace(record, status='done', result=result)
     name = record.name or f'{record.model}/{record.recipe}_{bits.lower()}-{record.seed}'
     return dataclasses.replace(record, name=name)
+
+
+def write_sweep(folder: Path, records: list[Record]) -> Path:
+    """The folder of a sweep with these cells, as `tools/sweep.py` leaves it."""
+    ledger, cells = Ledger(folder), []
+    for number, record in enumerate(records):
+        names = dict(model_name=record.model, recipe_name=record.recipe, bits=record.bits, seed=record.seed)
+        spec = dict(names, folder=str(number), varied=record.options)
+        cells.append((str(number), record.name, spec))
+    ledger.plan(cells)
+    for number, record in enumerate(records):
+        cell = folder / 'cells' / str(number)
+        cell.mkdir(parents=True)
+        if record.result is not None:
+            (cell / 'result.json').write_text(json.dumps(record.result))
+        metrics = record.result and record.result['metrics']
+        ledger.settle(str(number), record.status, record.error, metrics)
+    (folder / 'sweep.yaml').write_text('axes: {model: demo}\n')
+    return folder

@@ -17,17 +17,17 @@ def sensitivity(path: Path, _: Album) -> list[Block]:
     names = ('enabled_sqnr_db', 'enabled_iou', 'disabled_sqnr_db', 'disabled_iou')
     rows = read_csv(path, 'path', 'role', 'kind', 'bits', *names)
     blocks: list[Block] = []
-    # of several bit widths of a quantizer the lowest hurts most
-    lowest = min((row['bits'] for row in rows), key=lambda bits: number(bits) or 0.0, default='')
+    # several bit widths were tried; those of the recipe are the ones that were also switched off alone
+    own = [row for row in rows if row['disabled_iou']]
     for kind, title in (('act', 'activation'), ('weight', 'weight')):
-        mine = [row for row in rows if row['kind'] == kind and row['bits'] == lowest]
+        mine = [row for row in own if row['kind'] == kind]
         known = [(row['path'], value) for row in mine if (value := number(row['enabled_iou'])) is not None]
         worst = sorted(known, key=lambda item: item[1])[:NAMED]
         if not worst:
             continue
-        caption = f'mask IoU lost with one {title} quantizer on at {lowest} bits: the {len(worst)} that cost most'
+        caption = f'mask IoU lost with one {title} quantizer on: the {len(worst)} that cost most'
         blocks.append(ranked(caption, [name for name, _ in worst], [100 * (1 - iou) for _, iou in worst], '%'))
-        caption = f'SQNR of the mask logits with one {title} quantizer on at {lowest} bits, in order of execution'
+        caption = f'SQNR of the mask logits with one {title} quantizer on, in order of execution, the lowest numbered'
         blocks.append(profile(caption, [row['path'] for row in mine], column(mine, 'enabled_sqnr_db'), 'dB'))
     return [*blocks, csv_table('All quantizers and bit widths', rows)]
 
@@ -44,6 +44,18 @@ def histograms(path: Path, _: Album) -> list[Block]:
         caption = f'{role}: {point}, {found["quantizer"]} {found["bits"]} bit'
         charts.append(histogram(caption, found['edges'], found['counts'], found['levels']))
     return [Small(tuple(charts))]
+
+
+def statistics(path: Path, _: Album) -> list[Block]:
+    """How activations and weights are distributed."""
+    rows = read_csv(path, 'path', 'kind', 'channel_spread')
+    mine = [row for row in rows if row['kind'] == 'act' and number(row['channel_spread'])]
+    blocks: list[Block] = []
+    if mine:
+        caption = 'spread between channels of each activation, in order of execution, the highest numbered'
+        names, spreads = [row['path'] for row in mine], column(mine, 'channel_spread')
+        blocks.append(profile(caption, names, spreads, base=1.0, log=True))
+    return [*blocks, csv_table('All activations and weights', rows)]
 
 
 def groups(path: Path, _: Album) -> list[Block]:

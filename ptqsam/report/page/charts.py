@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean
 
 from markupsafe import Markup
 
@@ -12,8 +14,12 @@ from ptqsam.report.plots import module_groups
 WIDTH = 1000.0
 # pixels around the plots
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 12.0, 14.0, 26.0
+# colours of values that are compared
+SERIES = ('c0', 'c5', 'c2')
 # of many bars those that are numbered and named
 WORST = 8
+# of a histogram; levels that are drawn over its whole height
+BINS, MOST_LINES = 128, 40
 
 Values = Sequence[float | None]
 
@@ -84,26 +90,49 @@ def before_after(
         log: logarithmic axis; values that are not positive or infinite are drawn at its ends.
         line: a value that is marked.
     """
-    drawing = Drawing(WIDTH, 240, caption)
+    drawing = Drawing(WIDTH, 250, caption)
     values = [v for column in series.values() for v in column if v is not None]
-    y = scale_of(values, drawing.height - TOP, TOP, log, include=[] if line is None else [line])
+    y = scale_of(values, drawing.height - BOTTOM, TOP, log, include=[] if line is None else [line])
     drawing.y_axis(y, LEFT, WIDTH - RIGHT)
     if line is not None:
         drawing.line(LEFT, y(line), WIDTH - RIGHT, y(line), 'dash')
     step = (WIDTH - LEFT - RIGHT) / max(len(names), 1)
-    radius = min(max(step * 0.36, 2.0), 5.0)
+    mark_parts(drawing, names, step)
+    radius = min(max(step * 0.3, 2.0), 4.5)
     for i, name in enumerate(names):
         x = LEFT + (i + 0.5) * step
         there = [column[i] for column in series.values()]
         places = [y(v) for v in there if v is not None and not math.isnan(v)]
         if len(places) > 1:
             drawing.line(x, min(places), x, max(places), 'link')
-        for (label, column), style in zip(series.items(), ('c0', 'c5', 'c2', 'c4'), strict=False):
+        for number, (label, column) in enumerate(series.items()):
             value = column[i]
             if value is not None and not math.isnan(value):
-                drawing.dot(x, y(value), radius, style, f'{name}, {label}: {short(value)}')
-    legend = tuple(zip(('c0', 'c5', 'c2', 'c4'), series, strict=False))
+                # the first is larger, so that it shows behind an equal one
+                size = radius if number else radius + 1.5
+                drawing.dot(x, y(value), size, SERIES[number], f'{name}, {label}: {short(value)}')
+    legend = tuple(zip(SERIES, series, strict=False))
     return Chart(drawing.svg(), caption, legend)
+
+
+def mark_parts(drawing: Drawing, names: Sequence[str], step: float) -> None:
+    """Lines between parts of the model along the horizontal axis, and their names below as far as there is room.
+
+    Args:
+        drawing: drawn on.
+        names: paths, in order of execution.
+        step: pixels of each.
+    """
+    groups = module_groups([f'{name}.' for name in names])
+    start = 0
+    for group, members in groupby(groups[f'{name}.'] for name in names):
+        count = len(list(members))
+        if start:
+            drawing.line(LEFT + start * step, TOP, LEFT + start * step, drawing.height - BOTTOM, 'grid')
+        # about 6 pixels per letter
+        if 6 * len(group) < count * step:
+            drawing.text(LEFT + (start + count / 2) * step, drawing.height - 8, group, 'tick mid')
+        start += count
 
 
 def ranked(caption: str, names: Sequence[str], values: Sequence[float], unit: str) -> Chart:
@@ -163,17 +192,31 @@ def accuracy_by_size(caption: str, points: Sequence[Point], whole: float | None)
         drawing.text(right + 6, y(whole) + 4, f'FP {whole:.1f}', 'tick')
     names = list(dict.fromkeys(point.series for point in points))
     for number, name in enumerate(names):
-        mine = sorted((p for p in points if p.series == name), key=lambda point: point.size)
-        style = number % COLOURS
-        drawing.polyline([(x(p.size), y(p.value)) for p in mine], f's{style}')
+        mine = [point for point in points if point.series == name]
+        # seeds of a bit width are points of their own; the line goes through their mean
+        means = [
+            (fmean(p.size for p in mine if p.label == label), fmean(p.value for p in mine if p.label == label))
+            for label in dict.fromkeys(point.label for point in mine)
+        ]
+        drawing.polyline(
+            [(x(size), y(value)) for size, value in sorted(means)],
+            f'line s{number % COLOURS}' + ' hollow' * (number >= COLOURS),
+        )
         for p in mine:
-            drawing.dot(x(p.size), y(p.value), 5, f'c{style}', f'{name} {p.label}: {p.value:.1f} mAP, {p.size:.1f} MB')
+            tip = f'{name} {p.label}: {p.value:.1f} mAP, {p.size:.1f} MB'
+            drawing.dot(x(p.size), y(p.value), 5, colour(number), tip)
     # bits have sizes of their own, so a label per size is enough
     for label in dict.fromkeys(point.label for point in points):
         mine = [point for point in points if point.label == label]
         top = max(mine, key=lambda point: point.value)
         drawing.text(x(top.size), y(top.value) - 10, label, 'tick mid')
-    return Chart(drawing.svg(), caption, tuple((f'c{n % COLOURS}', name) for n, name in enumerate(names)))
+    return Chart(drawing.svg(), caption, tuple((colour(n), name) for n, name in enumerate(names)))
+
+
+def colour(number: int) -> str:
+    """Style of a series: a colour, and from where they repeat on hollow and dashed."""
+    style = f'c{number % COLOURS}'
+    return style if number < COLOURS else f'{style} s{number % COLOURS} hollow'
 
 
 def histogram(caption: str, edges: Sequence[float], counts: Sequence[float], levels: Sequence[float]) -> Chart:
@@ -187,6 +230,7 @@ def histogram(caption: str, edges: Sequence[float], counts: Sequence[float], lev
     """
     drawing = Drawing(320, 170, caption)
     bottom, right = drawing.height - 24, drawing.width - 8
+    edges, counts = fewer(edges, counts)
     low, high = min([edges[0], *levels]), max([edges[-1], *levels])
     x = Scale(low, high if high > low else low + 1, 40, right)
     y = Scale(0.5, max(2.0, *counts) * 1.3, bottom, 10, log=True)
@@ -200,9 +244,17 @@ def histogram(caption: str, edges: Sequence[float], counts: Sequence[float], lev
     ]
     drawing.polygon([(x(edges[0]), bottom), *steps, (x(edges[-1]), bottom)], 'c1 area')
     for level in levels:
-        drawing.line(x(level), 10, x(level), bottom, 'level')
+        # of many levels short marks, which leave the histogram visible
+        drawing.line(x(level), 10 if len(levels) <= MOST_LINES else bottom - 14, x(level), bottom, 'level')
     drawing.line(40, bottom, right, bottom, 'axis')
     return Chart(drawing.svg(), caption)
+
+
+def fewer(edges: Sequence[float], counts: Sequence[float]) -> tuple[list[float], list[float]]:
+    """A histogram with at most `BINS` bins, neighbours joined."""
+    size = -(-len(counts) // BINS)
+    joined = [sum(counts[start : start + size]) for start in range(0, len(counts), size)]
+    return [*edges[: len(counts) : size], edges[len(counts)]], joined
 
 
 def channels(

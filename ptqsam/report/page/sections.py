@@ -93,6 +93,13 @@ SOURCES = (
         analysis_command,
     ),
     Source(
+        'Statistics of activations and weights',
+        'analysis/statistics.csv',
+        'What makes a tensor hard to quantize: two peaks (bimodality), heavy tails (kurtosis, outliers), channels of '
+        'different ranges (spread: 1 is none), badly conditioned weights. Measured in the float model.',
+        analysis.statistics,
+    ),
+    Source(
         'Activations and quantizer levels',
         'analysis/histograms.json',
         'Counts on a logarithmic axis; vertical lines are the levels of the quantizer. One point of each role.',
@@ -130,7 +137,7 @@ def read_section(record: Record, source: Source, album: Album) -> Section | None
         section.blocks.append(Line(f'{error}; run again to have it.'))
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         section.blocks.append(Line(f'{source.file} is not what a run writes ({type(error).__name__}: {error}).'))
-    return section
+    return section if section.blocks else None
 
 
 def facts(record: Record) -> Section:
@@ -144,11 +151,11 @@ def facts(record: Record) -> Section:
         (name, fp, value, None if fp is None or value is None else value - fp) for name, (fp, value) in pairs.items()
     ]
     section = Section(
-        'Result',
+        'Metrics',
         f'{result.get("images", "?")} images, seed {record.seed}, {result.get("processes", 1)} process(es), peak '
         f'memory {(result.get("peak_memory_mb") or 0) / 1000:.1f} GB. Metrics are fractions here, not percent.',
     )
-    section.blocks.append(Table('Float against quantized', ('', 'FP', 'quantized', 'difference'), tuple(rows)))
+    section.blocks.append(Table('Float against quantized', ('metric', 'FP', 'quantized', 'difference'), tuple(rows)))
     if result['compat']:
         section.blocks.append(
             Line(f'With published defects ({", ".join(result["compat"])}): this is no honest quantization.')
