@@ -21,12 +21,12 @@ def sensitivity(path: Path, _: Album) -> list[Block]:
     own = [row for row in rows if row['disabled_iou']]
     for kind, title in (('act', 'activation'), ('weight', 'weight')):
         mine = [row for row in own if row['kind'] == kind]
-        known = [(row['path'], value) for row in mine if (value := number(row['enabled_iou'])) is not None]
-        worst = sorted(known, key=lambda item: item[1])[:NAMED]
-        if not worst:
+        if not mine:
             continue
+        lost = [(row['path'], 100 * (1 - iou)) for row in mine if (iou := number(row['enabled_iou'])) is not None]
+        worst = sorted((item for item in lost if item[1] > 0), key=lambda item: -item[1])[:NAMED]
         caption = f'mask IoU lost with one {title} quantizer on: the {len(worst)} that cost most'
-        blocks.append(ranked(caption, [name for name, _ in worst], [100 * (1 - iou) for _, iou in worst], '%'))
+        blocks.append(ranked(caption, [name for name, _ in worst], [loss for _, loss in worst], '%'))
         caption = f'SQNR of the mask logits with one {title} quantizer on, in order of execution, the lowest numbered'
         blocks.append(profile(caption, [row['path'] for row in mine], column(mine, 'enabled_sqnr_db'), 'dB'))
     return [*blocks, csv_table('All quantizers and bit widths', rows)]
