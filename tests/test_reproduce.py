@@ -19,6 +19,7 @@ from projects.instance_segment_anything import SegmentAnything
 from ptqsam.cli import check_key, load_model_config, parse_args
 from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.registry import SOLVER_HOOKS, build_part
+from ptqsam.report.published import read_published
 from ptqsam.solver.forecast import estimate_costs
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.reconstruct import check_reconstruction
@@ -187,3 +188,46 @@ def test_numbers_of_saq_sam(text: str, methods: str) -> None:
     # the ablations are prose there
     for number in re.findall(r'\d+\.\d/\d+\.\d/\d+\.\d', section.split('Ablation')[1] + methods.split('### 6.4')[1]):
         assert number in text, number
+
+
+def test_published_values_of_reports(text: str) -> None:
+    """exp/published.yaml has the numbers of these tables, all of them and no other."""
+    sizes, section = ['sam-vit-b', 'sam-vit-l', 'sam-vit-h'], ''
+    stated, whole = set(), set()
+
+    def enter(pipeline: str, recipe: str, bits: str, numbers: str) -> None:
+        pairs = zip(bits.split('/'), numbers.split('/'), strict=True)
+        stated.update((pipeline, recipe, width, float(number)) for width, number in pairs if number != '-')
+
+    for line in text.splitlines():
+        section = line.removeprefix('## ') if line.startswith('## ') else section
+        row = line.strip('| ').split(' | ') if re.match(r'\| (?!-)', line) else ['']
+        spans, files = re.findall(r'`([^`]+)`', row[0]), re.findall(r'exp/(\w+)/(\w+|\{[^}]+\})\.yaml', line)
+        recipe = files[0][0] if files else ''
+        if section.startswith('AHCQ-SAM') and len(row) == 6 and 'sam-vit' in row[0]:
+            whole.add(('_'.join(spans), float(row[1])))
+            for name, numbers in zip(('brecq', 'qdrop', 'ptq4sam', 'ahcq_sam'), row[2:], strict=True):
+                enter('_'.join(spans), name, 'W4A4/W5A5/W6A6', numbers)
+        elif section.startswith('AHCQ-SAM') and recipe == 'ahcq_ablation':
+            for size, number in zip(sizes, row[1].split('/'), strict=True):
+                enter(f'faster-rcnn_r50_{size}', f'{recipe}_{files[0][1]}', 'W5A5', number)
+        elif section == 'PTQ4SAM' and len(spans) == 2:
+            enter('_'.join(spans), recipe, 'W6A6/W4A4', row[1])
+        elif section == 'SAQ-SAM' and len(row) == 6 and recipe:
+            for size, numbers in zip(sizes, row[1:4], strict=True):
+                enter(f'dino_focalnet-l_{size}', recipe, 'W6A6/W4A4', numbers)
+        elif section == 'SAQ-SAM' and len(row) == 4 and recipe:
+            for detector, column in (('yolox-l', row[1]), ('dino_focalnet-l', row[2])):
+                for size, number in zip(sizes, column.split('/'), strict=True):
+                    enter(f'{detector}_{size}', recipe, 'W4A4', number)
+        elif section == 'True boxes' and recipe and row[1:]:
+            for size, numbers in zip(sizes[:2], row[1].split('; '), strict=True):
+                enter(f'oracle_{size}', recipe, 'W6A6/W4A4', numbers)
+    published = read_published()
+    assert {(*place, value) for source in published for place, value in source.values.items()} == stated
+    assert len(stated) > 200
+    ahcq, saq, baq, car = published
+    assert set(ahcq.whole.items()) == whole and set(saq.whole.items()) <= whole
+    # what the text says of the float models of the other two
+    assert baq.whole == {'yolox-l_sam-vit-b': 37.0} and "BAQ's table has 37.0 for YOLOX-L, SAM-B" in text
+    assert car.whole == {'oracle_sam-vit-b': 55.8} and '`configs/oracle/oracle_sam-vit-b.py` (FP 55.8)' in text

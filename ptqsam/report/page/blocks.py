@@ -47,10 +47,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text, and the command that it speaks of, if there is one."""
+    """A line of text, and the command or file that it speaks of, if there is one.
+
+    Attributes:
+        text: for people.
+        code: as it is typed.
+        folded: closed until someone opens it.
+    """
 
     text: str
-    command: str = ''
+    code: str = ''
+    folded: bool = False
     kind: str = 'line'
 
 

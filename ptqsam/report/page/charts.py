@@ -71,8 +71,9 @@ def profile(
         x, style = LEFT + i * step, styles[groups[f'{name}.']]
         top = min(place, y(base))
         drawing.rect(x, top, step * 0.82, abs(place - y(base)), style, f'{name}: {short(value)} {unit}'.strip())
-        if i in worst:
-            drawing.text(x + step * 0.41, top - 3, str(worst.index(i) + 1), 'rank mid')
+    # in front of all bars
+    for rank, i in enumerate(worst, start=1):
+        drawing.text(LEFT + (i + 0.41) * step, min(y(values[i] or 0.0), y(base)) - 3, str(rank), 'rank mid')
     drawing.line(LEFT, y(base), WIDTH - RIGHT, y(base), 'axis')
     named = tuple(f'{names[i]}: {short(values[i] or 0.0)} {unit}'.strip() for i in worst)
     return Chart(drawing.svg(), caption, tuple((style, group) for group, style in styles.items()), named)

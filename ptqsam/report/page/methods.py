@@ -2,10 +2,21 @@
 
 from pathlib import Path
 
+import yaml
+
 from ptqsam.report.page.artefacts import column, csv_table, read_csv, read_json
 from ptqsam.report.page.blocks import Block, Line, Table
 from ptqsam.report.page.charts import before_after, profile
 from ptqsam.report.page.pictures import Album
+
+
+def recipe(path: Path, _: Album) -> list[Block]:
+    """The recipe of a packed checkpoint."""
+    content = read_json(path)
+    text = yaml.safe_dump(content['recipe'], sort_keys=False, default_flow_style=None, width=110)
+    calibration = content['recipe']['calibration']
+    line = f'{content["recipe"]["algorithm"]}, calibrated on {calibration["num_images"]} images'
+    return [Line(line, text, folded=True)]
 
 
 def masks(path: Path, album: Album) -> list[Block]:

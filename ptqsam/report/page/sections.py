@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptqsam.checkpoint import MANIFEST
 from ptqsam.errors import AssetError
 from ptqsam.report.gallery import INDEX
 from ptqsam.report.page import analysis, methods
@@ -35,6 +36,12 @@ class Source:
 
 
 SOURCES = (
+    Source(
+        'Recipe',
+        f'packed/{MANIFEST}',
+        'What was asked for, with all defaults and overrides, as the packed checkpoint states it.',
+        methods.recipe,
+    ),
     Source(
         'Masks',
         f'masks/{INDEX}',
@@ -162,5 +169,7 @@ def facts(record: Record) -> Section:
         )
     if seconds:
         section.blocks.append(stages('time of each stage in seconds', [('all stages', seconds)]))
-    section.blocks.append(Line('To run it alone, besides options that the whole sweep has:', run_command(record)))
+    section.blocks.append(
+        Line('Its command, apart from options that are not kept with the result:', run_command(record))
+    )
     return section
