@@ -14,8 +14,7 @@ NAMED, HISTOGRAMS, GROUPED = 25, 24, 4
 
 def sensitivity(path: Path, _: Album) -> list[Block]:
     """What each quantizer alone does to the masks: the worst by name, and all in order of execution."""
-    names = ('enabled_sqnr_db', 'enabled_iou', 'disabled_sqnr_db', 'disabled_iou')
-    rows = read_csv(path, 'path', 'role', 'kind', 'bits', *names)
+    rows = read_csv(path, 'path', 'kind', 'enabled_sqnr_db', 'enabled_iou', 'disabled_iou')
     blocks: list[Block] = []
     # several bit widths were tried; those of the recipe are the ones that were also switched off alone
     own = [row for row in rows if row['disabled_iou']]
@@ -26,7 +25,8 @@ def sensitivity(path: Path, _: Album) -> list[Block]:
         lost = [(row['path'], 100 * (1 - iou)) for row in mine if (iou := number(row['enabled_iou'])) is not None]
         worst = sorted((item for item in lost if item[1] > 0), key=lambda item: -item[1])[:NAMED]
         caption = f'mask IoU lost with one {title} quantizer on: the {len(worst)} that cost most'
-        blocks.append(ranked(caption, [name for name, _ in worst], [loss for _, loss in worst], '%'))
+        names, losses = [name for name, _ in worst], [loss for _, loss in worst]
+        blocks.append(ranked(caption, names, losses, '%', [row['path'] for row in mine]))
         caption = f'SQNR of the mask logits with one {title} quantizer on, in order of execution, the lowest numbered'
         blocks.append(profile(caption, [row['path'] for row in mine], column(mine, 'enabled_sqnr_db'), 'dB'))
     return [*blocks, csv_table('All quantizers and bit widths', rows)]

@@ -18,6 +18,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56.0, 12.0, 14.0, 26.0
 SERIES = ('c0', 'c5', 'c2')
 # of many bars those that are numbered and named
 WORST = 8
+# letters of a path that fit beside a bar
+NAME = 74
 # of a histogram; levels that are drawn over its whole height
 BINS, MOST_LINES = 128, 40
 
@@ -55,8 +57,7 @@ def profile(
         base: where bars begin.
         log: logarithmic axis; the highest ones are numbered then, as the values are those that should be low.
     """
-    groups = module_groups([f'{name}.' for name in names])
-    styles = {group: f'c{n % COLOURS}' for n, group in enumerate(dict.fromkeys(groups.values()))}
+    parts = part_styles(names)
     drawing = Drawing(WIDTH, 240, caption)
     finite = [v for v in values if v is not None and math.isfinite(v)]
     y = scale_of(finite, drawing.height - TOP, TOP + 12, log, include=[base])
@@ -68,15 +69,14 @@ def profile(
         if value is None or math.isnan(value):
             continue
         place = y(value) if math.isfinite(value) else y.end
-        x, style = LEFT + i * step, styles[groups[f'{name}.']]
-        top = min(place, y(base))
-        drawing.rect(x, top, step * 0.82, abs(place - y(base)), style, f'{name}: {short(value)} {unit}'.strip())
+        tip = f'{name}: {short(value)} {unit}'.strip()
+        drawing.rect(LEFT + i * step, min(place, y(base)), step * 0.82, abs(place - y(base)), parts[name][1], tip)
     # in front of all bars
     for rank, i in enumerate(worst, start=1):
         drawing.text(LEFT + (i + 0.41) * step, min(y(values[i] or 0.0), y(base)) - 3, str(rank), 'rank mid')
     drawing.line(LEFT, y(base), WIDTH - RIGHT, y(base), 'axis')
     named = tuple(f'{names[i]}: {short(values[i] or 0.0)} {unit}'.strip() for i in worst)
-    return Chart(drawing.svg(), caption, tuple((style, group) for group, style in styles.items()), named)
+    return Chart(drawing.svg(), caption, legend_of(parts), named)
 
 
 def before_after(
@@ -116,6 +116,23 @@ def before_after(
     return Chart(drawing.svg(), caption, legend)
 
 
+def part_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Path -> the part of the model that it belongs to, and that part's style.
+
+    Args:
+        names: paths, in order of execution.
+    """
+    # of a path within it: the names of units are modules themselves
+    groups = module_groups([f'{name}.' for name in names])
+    styles = {group: f'c{n % COLOURS}' for n, group in enumerate(dict.fromkeys(groups.values()))}
+    return {name: (groups[f'{name}.'], styles[groups[f'{name}.']]) for name in names}
+
+
+def legend_of(parts: Mapping[str, tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Style and name of each part of the model."""
+    return tuple(dict.fromkeys((style, group) for group, style in parts.values()))
+
+
 def mark_parts(drawing: Drawing, names: Sequence[str], step: float) -> None:
     """Lines between parts of the model along the horizontal axis, and their names below as far as there is room.
 
@@ -124,9 +141,9 @@ def mark_parts(drawing: Drawing, names: Sequence[str], step: float) -> None:
         names: paths, in order of execution.
         step: pixels of each.
     """
-    groups = module_groups([f'{name}.' for name in names])
+    parts = part_styles(names)
     start = 0
-    for group, members in groupby(groups[f'{name}.'] for name in names):
+    for group, members in groupby(parts[name][0] for name in names):
         count = len(list(members))
         if start:
             drawing.line(LEFT + start * step, TOP, LEFT + start * step, drawing.height - BOTTOM, 'grid')
@@ -136,29 +153,29 @@ def mark_parts(drawing: Drawing, names: Sequence[str], step: float) -> None:
         start += count
 
 
-def ranked(caption: str, names: Sequence[str], values: Sequence[float], unit: str) -> Chart:
-    """Horizontal bars with their names, in the given order.
+def ranked(caption: str, names: Sequence[str], values: Sequence[float], unit: str, among: Sequence[str]) -> Chart:
+    """Horizontal bars with their names, in the given order, in the colours of `profile`.
 
     Args:
         caption: what it shows.
         names: paths.
-        values: of each, finite.
+        values: of each, not negative.
         unit: of the values.
+        among: all paths, in order of execution.
     """
-    groups = module_groups([f'{name}.' for name in names])
-    styles = {group: f'c{n % COLOURS}' for n, group in enumerate(dict.fromkeys(groups.values()))}
-    row, names_end = 19.0, 440.0
+    parts = part_styles(among)
+    row, names_end = 19.0, 480.0
     drawing = Drawing(WIDTH, TOP + row * len(names) + BOTTOM, caption)
     x = scale_of(values, names_end, WIDTH - 70, include=[0.0])
     drawing.x_axis(x, TOP, TOP + row * len(names))
     for number, (name, value) in enumerate(zip(names, values, strict=True)):
         y = TOP + number * row
-        drawing.text(names_end - 8 if value >= 0 or x.low >= 0 else x.start - 8, y + 14, name, 'path end')
-        left, right = sorted((x(0.0), x(value)))
-        drawing.rect(left, y + 3, right - left, row - 6, styles[groups[f'{name}.']], f'{name}: {short(value)} {unit}')
-        drawing.text(right + 5, y + 14, f'{short(round(value, 2))} {unit}', 'tick')
+        drawing.text(names_end - 8, y + 14, name if len(name) <= NAME else f'…{name[1 - NAME :]}', 'path end')
+        tip = f'{name}: {short(value)} {unit}'
+        drawing.rect(x(0.0), y + 3, x(value) - x(0.0), row - 6, parts[name][1], tip)
+        drawing.text(x(value) + 5, y + 14, f'{short(round(value, 2))} {unit}', 'tick')
     drawing.line(x(0.0), TOP, x(0.0), TOP + row * len(names), 'axis')
-    return Chart(drawing.svg(), caption, tuple((style, group) for group, style in styles.items()))
+    return Chart(drawing.svg(), caption, legend_of(parts))
 
 
 @dataclass(frozen=True)
