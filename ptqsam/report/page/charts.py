@@ -52,7 +52,7 @@ def profile(
     Args:
         caption: what it shows.
         names: paths.
-        values: of each; None: not known; infinite ones are drawn at full height.
+        values: of each; None: not known; infinite ones are hollow, at full height.
         unit: of the values.
         base: where bars begin.
         log: logarithmic axis; the highest ones are numbered then, as the values are those that should be low.
@@ -64,13 +64,17 @@ def profile(
     drawing.y_axis(y, LEFT, WIDTH - RIGHT)
     step = (WIDTH - LEFT - RIGHT) / max(len(names), 1)
     known = [i for i, v in enumerate(values) if v is not None and math.isfinite(v)]
+    if any(v is not None and math.isinf(v) for v in values):
+        caption += '; hollow: infinite'
     worst = sorted(known, key=lambda i: (-1 if log else 1) * (values[i] or 0.0))[:WORST]
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         if value is None or math.isnan(value):
             continue
         place = y(value) if math.isfinite(value) else y.end
-        tip = f'{name}: {short(value)} {unit}'.strip()
-        drawing.rect(LEFT + i * step, min(place, y(base)), step * 0.82, abs(place - y(base)), parts[name][1], tip)
+        tip, style = f'{name}: {short(value)} {unit}'.strip(), parts[name][1]
+        if math.isinf(value):
+            style = f'{style} s{style[1:]} hollow'
+        drawing.rect(LEFT + i * step, min(place, y(base)), step * 0.82, abs(place - y(base)), style, tip)
     # in front of all bars
     for rank, i in enumerate(worst, start=1):
         drawing.text(LEFT + (i + 0.41) * step, min(y(values[i] or 0.0), y(base)) - 3, str(rank), 'rank mid')

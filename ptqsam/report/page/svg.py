@@ -141,7 +141,7 @@ def short(value: float) -> str:
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f'{value:.3g}'.partition('e')[::2]
         return f'{mantissa}e{int(exponent)}' if exponent else mantissa
-    return f'{value:.4g}'
+    return f'{value:.0f}' if abs(value) >= 1000 else f'{value:.4g}'
 
 
 def _px(value: float) -> str:
