@@ -2,17 +2,21 @@
 
 import json
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
+from ptqsam.cli import parse_args
+from ptqsam.report.page.commands import recipe_file, run_command
 from ptqsam.report.page.pictures import WIDTH, Album
 from ptqsam.report.page.tool import main
 from tests.test_report.artefacts import write_artefacts, write_masks
 from tests.test_report.browser import look_at
 from tests.test_report.helpers import run, write_sweep
+from tests.tiny import ROOT
 
 EVIL = '"><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}'
 
@@ -139,6 +143,19 @@ def test_a_run_alone(one, capsys):
     # worst first, as the list says
     assert [int(n) for n in re.findall(r'alt="image (\d)', page)] == [0, 1, 2]
     assert 'exp/mse/w4a4.yaml' in page and 'configs/oracle/oracle_mobile-sam.py' in page
+
+
+def test_commands_are_those_of_the_run():
+    record = run(0.2, model='oracle_mobile-sam', seed=3, options={'calibration.num_images': 4, 'cfg:model.a': [1, 2]})
+    words = shlex.split(run_command(record, '--limit', '5'))
+    args = parse_args(words[2:])
+    assert args.quant_options == {'calibration.num_images': 4} and args.cfg_options == {'model.a': [1, 2]}
+    assert args.seed == 3 and args.limit == 5
+    assert (ROOT / args.model_config).is_file() and (ROOT / args.quant_config).is_file()
+    cag = run(0.2, recipe='saq_ablation_stage')
+    cag.result['quant'] = 'saq_ablation_stage'
+    assert recipe_file(cag) == 'exp/saq_ablation/stage.yaml'
+    assert recipe_file(run(recipe='of_mine')) == 'of_mine'
 
 
 def test_what_is_missing_is_left_out_or_says_how_it_is_made(one):

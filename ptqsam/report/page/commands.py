@@ -10,20 +10,13 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def run_command(record: Record, *more: str) -> str:
-    """The command of `tools/test_quant.py` that a run's result and its sweep speak of.
+    """The command that quantizes and evaluates as a run did, as far as its result and its sweep tell.
 
     Args:
         record: the run.
         more: further arguments.
     """
-    words = ['python', 'tools/test_quant.py', pipeline_file(record), recipe_file(record), '--seed', str(record.seed)]
-    options: dict[str, list[str]] = {'--quant-options': [], '--cfg-options': []}
-    for key, value in record.options.items():
-        option = '--cfg-options' if key.startswith('cfg:') else '--quant-options'
-        options[option].append(option_text(key.removeprefix('cfg:'), value))
-    for option, values in options.items():
-        words += [option, *values] if values else []
-    return shlex.join([*words, *more])
+    return _command('tools/test_quant.py', record, *more)
 
 
 def masks_command(record: Record) -> str:
@@ -32,8 +25,18 @@ def masks_command(record: Record) -> str:
 
 
 def analysis_command(record: Record) -> str:
-    """The command that measures the sensitivity of a run."""
-    return shlex.join(['python', 'tools/analyze.py', pipeline_file(record), str(record.folder)])
+    """The command that analyses the quantizers of a run."""
+    return _command('tools/analyze.py', record, '--work-dir', str(record.folder))
+
+
+def _command(tool: str, record: Record, *more: str) -> str:
+    options: dict[str, list[str]] = {'--quant-options': [], '--cfg-options': []}
+    for key, value in record.options.items():
+        option = '--cfg-options' if key.startswith('cfg:') else '--quant-options'
+        options[option].append(option_text(key.removeprefix('cfg:'), value))
+    given = [word for option, values in options.items() if values for word in (option, *values)]
+    words = ('python', tool, pipeline_file(record), recipe_file(record), '--seed', str(record.seed))
+    return shlex.join((*words, *given, *more))
 
 
 def pipeline_file(record: Record) -> str:

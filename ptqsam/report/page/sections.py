@@ -94,8 +94,8 @@ SOURCES = (
     Source(
         'Sensitivity',
         'analysis/sensitivity.csv',
-        'One quantizer on, all others float: SQNR of the mask logits and IoU of the masks against the float model. The '
-        'reverse, all on but one, stands in the table.',
+        'One quantizer on, all others float: SQNR of the mask logits and IoU of the masks against the float model, '
+        'on calibration images. The reverse, all on but one, stands in the table.',
         analysis.sensitivity,
         analysis_command,
     ),
@@ -103,7 +103,7 @@ SOURCES = (
         'Statistics of activations and weights',
         'analysis/statistics.csv',
         'What makes a tensor hard to quantize: two peaks (bimodality), heavy tails (kurtosis, outliers), channels of '
-        'different ranges (spread: 1 is none), badly conditioned weights. Measured in the float model.',
+        'different ranges (spread: 1 is none), badly conditioned weights. Of the float model, on calibration images.',
         analysis.statistics,
     ),
     Source(
