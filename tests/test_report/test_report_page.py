@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ptqsam.cli import parse_args
+from ptqsam.report.page import build
 from ptqsam.report.page.commands import recipe_file, run_command
 from ptqsam.report.page.pictures import WIDTH, Album
 from ptqsam.report.page.tool import main
@@ -206,6 +207,14 @@ def test_pictures_are_bounded(tmp_path):
     album.divide(1)
     assert [album.add(path, 'a') is not None for path in pictures[3:]] == [True, True, False]
     assert album.left_out == 3
+
+
+def test_a_full_page_says_how_to_see_the_rest(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, 'DETAILS', 1)
+    assert main([str(sweep), '--output', str(tmp_path / 'page.html')]) == 0
+    page = (tmp_path / 'page.html').read_text()
+    assert page.count('Left out for the size of this page') == 25 and page.count('<h3>Metrics</h3>') == 1
+    assert f'tools/report.py {sweep}/cells/1' in page
 
 
 def test_tables_on_the_console(sweep, capsys):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ptqsam.report.grid import (
     option_text,
 )
 from ptqsam.report.grid_text import latex, markdown
-from ptqsam.report.page.blocks import Section, Table, Value
+from ptqsam.report.page.blocks import Line, Section, Table, Value
 from ptqsam.report.page.charts import Chart, Point, accuracy_by_size, stages
 from ptqsam.report.page.pictures import Album
 from ptqsam.report.page.sections import run_sections
@@ -32,8 +33,8 @@ from ptqsam.report.published import Source
 from ptqsam.sweep.records import Record
 
 HERE = Path(__file__).parent
-# bytes of all pictures; browsers and mail take a page of that size
-PICTURES = 24 << 20
+# bytes of all pictures, and of all that is said about single runs, with them; more is slow in a browser
+PICTURES, DETAILS = 24 << 20, 40 << 20
 # of one run and of each run of a sweep: pictures of masks
 MOST_ALONE, MOST_TOGETHER = 12, 4
 # runs whose time is drawn
@@ -42,12 +43,13 @@ TIMED = 60
 
 @dataclass(frozen=True)
 class Run:
-    """A run and the sections about it."""
+    """A run, what it came to in a line, and the sections about it, also as HTML."""
 
     record: Record
     anchor: str
     line: str
     sections: list[Section]
+    html: Markup
 
 
 def build_page(
@@ -64,11 +66,6 @@ def build_page(
     """
     alone = len(records) == 1
     album = Album(PICTURES, MOST_ALONE if alone else MOST_TOGETHER)
-    runs = []
-    for number, record in enumerate(progress(records, 'report', 'run')):
-        album.divide(len(records) - number)
-        anchor = f'run-{number}'
-        runs.append(Run(record, anchor, run_line(record), run_sections(record, album, anchor)))
     grid = build_grid(records, published)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -77,6 +74,7 @@ def build_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    runs = describe_runs(records, album, environment)
     script = (HERE / 'page.js').read_text(encoding='utf-8')
     return environment.get_template('page.html').render(
         title=title,
@@ -96,6 +94,33 @@ def build_page(
         left_out=album.left_out,
         sources=sources,
     )
+
+
+def describe_runs(records: Sequence[Record], album: Album, environment: jinja2.Environment) -> list[Run]:
+    """Say what there is to say about each run, until the page is full.
+
+    Args:
+        records: the runs.
+        album: takes the pictures.
+        environment: of the templates.
+    """
+    render = environment.get_template('blocks.html').module.section  # type: ignore[attr-defined]
+    level, runs, left = 2 if len(records) == 1 else 3, [], DETAILS
+    for number, record in enumerate(progress(records, 'report', 'run')):
+        album.divide(len(records) - number)
+        anchor = f'run-{number}'
+        sections = run_sections(record, album, anchor) if left > 0 else [full(record, anchor)]
+        html = Markup('').join(render(section, level) for section in sections)
+        left -= len(html)
+        runs.append(Run(record, anchor, run_line(record), sections, html))
+    return runs
+
+
+def full(record: Record, anchor: str) -> Section:
+    """What stands in place of the sections about a run for which there is no room."""
+    command = shlex.join(['python', 'tools/report.py', str(record.folder)])
+    line = Line('Left out for the size of this page; a page of its own is made by', command)
+    return Section('Details', '', [line], anchor=f'{anchor}-0')
 
 
 def overview(records: Sequence[Record], grid: Grid) -> list[Section]:
