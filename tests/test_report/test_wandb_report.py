@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +21,7 @@ from ptqsam.report.reconstruction import COLUMNS as OUTCOME_COLUMNS
 from ptqsam.report.reconstruction import plot_outcomes, write_outcomes
 from ptqsam.report.wandb_content import ITERATION, MAX_PICTURES, RANK, STAGES, summary_of
 from tests.test_report.test_wandb_content import RESULT, ROWS, SUMMARY
-from tests.test_report.wandb_files import children, points, read_run, table, wandb  # noqa: F401
+from tests.test_report.wandb_files import children, points, read_run, table
 from tests.tiny import ROOT
 
 RECIPE = dict(algorithm='mse', bits=dict(weight=4, act=8), rules=[dict(match='*', bits=4)])

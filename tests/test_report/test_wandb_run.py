@@ -7,7 +7,7 @@ import pytest
 
 from ptqsam.cli import main
 from ptqsam.report.wandb_content import ITERATION, QUANTIZER, RANK, SERIES, STAGE, STAGES
-from tests.test_report.wandb_files import points, read_run, table, wandb  # noqa: F401
+from tests.test_report.wandb_files import points, read_run, table
 
 RECIPE = """
 _base_: {base}
@@ -132,7 +132,7 @@ def test_a_failed_run_says_why(work_dir, tiny, tmp_path, capsys):
         (('--wandb-options', 'id=a/b'), 'Run ID cannot contain'),
     ],
 )
-def test_bad_options(options, line, tiny, tmp_path, capsys, wandb):  # noqa: F811
+def test_bad_options(options, line, tiny, tmp_path, capsys, wandb):
     words = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--work-dir', tmp_path / 'work', '--wandb', 'p', *options]
     assert main([str(word) for word in words]) == 2
     (error,) = [row for row in capsys.readouterr().err.split('\n') if 'error:' in row]

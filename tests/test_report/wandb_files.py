@@ -6,18 +6,6 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    """The module, with none of the caller's settings; what a test leaves running is ended."""
-    module = pytest.importorskip('wandb')
-    for name in [name for name in os.environ if name.startswith('WANDB_')]:
-        monkeypatch.delenv(name)
-    yield module
-    module.teardown()
-
 
 def read_run(work_dir: Path) -> SimpleNamespace:
     """Content of the one offline run in a work dir."""
