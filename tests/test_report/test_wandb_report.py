@@ -256,6 +256,7 @@ class Terminal(io.StringIO):
 def test_online_without_a_login(runner, wandb, monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))
+    monkeypatch.setenv('TERM', 'xterm')
     monkeypatch.setattr('sys.stdin', Terminal())
     monkeypatch.setattr('sys.stderr.isatty', lambda: True, raising=False)
     with pytest.raises(ConfigError, match="does not start in mode 'online'"):
