@@ -126,10 +126,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--wandb-options',
         nargs='+',
-        action=DictAction,
-        default={},
+        type=key_and_text,
+        default=[],
         metavar='K=V',
-        help='of that run: name=N group=G tags=[a,b] id=ID (replaces the run with this id) mode=online',
+        help='of that run: name=N group=G tags=a,b id=ID (replaces the run with this id) mode=online',
     )
     parser.add_argument(
         '--launcher',
@@ -147,6 +147,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.wandb_options and not args.wandb:
         parser.error('--wandb-options needs --wandb PROJECT')
     return args
+
+
+def key_and_text(word: str) -> tuple[str, str]:
+    """Split `key=text`; unlike the options of a recipe, a text is never a number or a list."""
+    key, sign, text = word.partition('=')
+    if not sign:
+        raise argparse.ArgumentTypeError(f"'{word}' is not KEY=VALUE")
+    return key, text
 
 
 def run_together(args: argparse.Namespace) -> int:
@@ -327,7 +335,7 @@ def build_runner(
         type='PTQLoop', recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)
     )
     if args.wandb:
-        report = dict(type='WandbReport', project=args.wandb) | args.wandb_options
+        report = dict(type='WandbReport', project=args.wandb) | dict(args.wandb_options)
         check_part(SOLVER_HOOKS, **report)
         config.custom_hooks = [*config.get('custom_hooks', []), report | dict(type='ptqsam.WandbReport')]
     # the processes have joined already; mmengine would do it again, on GPUs only, and wrap the model for training

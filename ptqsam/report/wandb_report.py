@@ -50,7 +50,7 @@ class WandbReport(Hook):
         project: wandb project.
         name: name of the run, default model and recipe.
         group: group of runs, for example a sweep.
-        tags: tags of the run.
+        tags: tags of the run, a text with commas or a list.
         id: id of the run, which replaces an earlier run with this id; default a new one.
         mode: 'online', 'offline' or 'disabled'; default the environment variable WANDB_MODE, else 'online' for an
             agent of a wandb sweep, else 'offline'.
@@ -69,10 +69,8 @@ class WandbReport(Hook):
     ) -> None:
         usual = 'online' if 'WANDB_SWEEP_ID' in os.environ else 'offline'
         self.mode = mode or os.environ.get('WANDB_MODE') or usual
-        # the command line makes numbers of words that look like one
-        texts = dict(project=project, name=name, group=group, id=id)
-        self.labels: dict[str, Any] = {key: text if text is None else str(text) for key, text in texts.items()}
-        self.labels['tags'] = [tags] if isinstance(tags, str) else [str(tag) for tag in tags]
+        words = tags.split(',') if isinstance(tags, str) else list(tags)
+        self.labels: dict[str, Any] = dict(project=project, name=name, group=group, id=id, tags=words)
         self.run: Any = None
         self._own_folders: list[str] = []
         self._plots: set[str] = set()

@@ -175,13 +175,6 @@ def test_labels_that_wandb_refuses(labels, line, runner, wandb):
     assert not children()
 
 
-def test_labels_from_the_command_line():
-    """Its parser makes numbers and lists of words."""
-    labels = WandbReport(project='p', name=4, group=20, tags='a', id=17).labels
-    assert labels == dict(project='p', name='4', group='20', tags=['a'], id='17')
-    assert WandbReport(tags=['a', 4]).labels['tags'] == ['a', '4']
-
-
 def test_mmengine_builds_it_among_custom_hooks():
     hook = HOOKS.build(dict(type='ptqsam.WandbReport', project='mine'))
     assert isinstance(hook, WandbReport)

@@ -13,7 +13,7 @@ RECIPE = """
 _base_: {base}
 reconstruction: {{iters: 4, unit: block, max_boxes: 2, tokens_per_step: 64}}
 """
-OPTIONS = ('--wandb', 'test', '--wandb-options', 'group=grid', 'id=cell-1', 'tags=[a,b]', 'name=mse_w4a8')
+OPTIONS = ('--wandb', 'test', '--wandb-options', 'group=grid', 'id=cell-1', 'tags=a,b', 'name=mse, w4a8 = 1e3')
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +37,12 @@ def run_tool(tiny: Path, work_dir: Path, *more: object) -> int:
 def test_labels_and_axes(work_dir):
     run = read_run(work_dir)
     start = run.start
-    assert (start.project, start.run_group, start.run_id, start.display_name) == ('test', 'grid', 'cell-1', 'mse_w4a8')
+    assert (start.project, start.run_group, start.run_id, start.display_name) == (
+        'test',
+        'grid',
+        'cell-1',
+        'mse, w4a8 = 1e3',
+    )
     assert list(start.tags) == ['a', 'b']
     assert run.config['wxay'] == 'W4A8' and run.config['reconstruction']['iters'] == 4
     assert run.exit_code == 0
@@ -139,7 +144,14 @@ def test_bad_options(options, line, tiny, tmp_path, capsys, wandb):
     assert line in error
 
 
-def test_options_need_a_project(tiny, capsys):
+@pytest.mark.parametrize(
+    'options, line',
+    [
+        (('--wandb-options', 'group=x'), '--wandb-options needs --wandb PROJECT'),
+        (('--wandb', 'p', '--wandb-options', 'group'), "'group' is not KEY=VALUE"),
+    ],
+)
+def test_bad_usage(options, line, capsys):
     with pytest.raises(SystemExit):
-        main([str(tiny / 'tiny.py'), str(tiny / 'recipe.yaml'), '--wandb-options', 'group=x'])
-    assert '--wandb-options needs --wandb PROJECT' in capsys.readouterr().err
+        main(['model.py', 'recipe.yaml', *options])
+    assert line in capsys.readouterr().err
