@@ -72,10 +72,12 @@ def config_of(model: str, quant: str, seed: int, recipe: Mapping[str, Any]) -> d
         recipe: the recipe as plain dicts.
 
     Returns:
-        The recipe, and beside it `model`, `quant`, `seed` and `wxay`, for example 'W4A8', to group runs by.
+        The recipe, and beside it `model`, `quant`, `seed`, and to group runs by: `wxay`, for example 'W4A8', and
+        `series`, what may have several bits: 'oracle_mobile-sam mse'.
     """
     bits = recipe['bits']
-    return dict(model=model, quant=quant, seed=seed, wxay=f'W{bits["weight"]}A{bits["act"]}', **recipe)
+    groups = dict(series=f'{model} {recipe["algorithm"]}', wxay=f'W{bits["weight"]}A{bits["act"]}')
+    return dict(model=model, quant=quant, seed=seed, **groups, **recipe)
 
 
 def metrics_of(metrics: Mapping[str, Mapping[str, float] | None]) -> dict[str, float]:

@@ -1,8 +1,11 @@
 """What tests of reports share."""
 
 import os
+from pathlib import Path
 
 import pytest
+
+from tests.test_report.wandb_files import run_tool
 
 
 @pytest.fixture
@@ -13,3 +16,12 @@ def wandb(monkeypatch):
         monkeypatch.delenv(name)
     yield module
     module.teardown()
+
+
+@pytest.fixture(scope='session')
+def reported(tiny, tmp_path_factory) -> Path:
+    """Work dir of a finished run with everything that is reported to wandb."""
+    pytest.importorskip('wandb')
+    work_dir = tmp_path_factory.mktemp('wandb') / 'work'
+    assert run_tool(tiny, work_dir, '--show-dir', work_dir / 'masks') == 0
+    return work_dir

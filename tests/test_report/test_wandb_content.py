@@ -87,7 +87,7 @@ def test_errors_of_quantizers_are_two_curves():
 def test_config_names_what_runs_are_grouped_by():
     recipe = dict(algorithm='mse', bits=dict(weight=4, act=8), rules=[])
     assert config_of('demo', 'mse_w4a8', 3, recipe) == dict(
-        model='demo', quant='mse_w4a8', seed=3, wxay='W4A8', **recipe
+        model='demo', quant='mse_w4a8', seed=3, series='demo mse', wxay='W4A8', **recipe
     )
 
 

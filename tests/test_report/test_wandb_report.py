@@ -65,7 +65,7 @@ def test_a_run_is_reported(runner, wandb, capfd):
     assert (run.start.project, run.start.run_group, list(run.start.tags)) == ('test', 'sweep', ['a', 'b'])
     assert run.start.display_name == 'demo mse/w4a8'
     del run.config['_wandb']
-    assert run.config == dict(model='demo', quant='mse/w4a8', seed=3, wxay='W4A8', **RECIPE)
+    assert run.config == dict(model='demo', quant='mse/w4a8', seed=3, series='demo mse', wxay='W4A8', **RECIPE)
     assert run.exit_code == 0
     for name, value in summary_of(RESULT).items():
         assert run.summary[name] == value

@@ -1,41 +1,17 @@
 """Real runs of the command line that report to wandb, read back from the files that they leave."""
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 
 from ptqsam.cli import main
 from ptqsam.report.wandb_content import ITERATION, QUANTIZER, RANK, SERIES, STAGE, STAGES
-from tests.test_report.wandb_files import points, read_run, table
-
-RECIPE = """
-_base_: {base}
-reconstruction: {{iters: 4, unit: block, max_boxes: 2, tokens_per_step: 64}}
-"""
-OPTIONS = ('--wandb', 'test', '--wandb-options', 'group=grid', 'id=cell-1', 'tags=a,b', 'name=mse, w4a8 = 1e3')
+from tests.test_report.wandb_files import points, read_run, run_tool, table
 
 
-@pytest.fixture(scope='module')
-def work_dir(tiny, tmp_path_factory) -> Path:
-    """A finished run with everything on."""
-    pytest.importorskip('wandb')
-    folder = tmp_path_factory.mktemp('wandb')
-    (folder / 'recipe.yaml').write_text(RECIPE.format(base=tiny / 'recipe.yaml'))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PTQSAM_CACHE', str(folder / 'cache'))
-        assert run_tool(tiny, folder / 'work', '--show-dir', folder / 'work/masks') == 0
-    return folder / 'work'
-
-
-def run_tool(tiny: Path, work_dir: Path, *more: object) -> int:
-    """Run the command line with the recipe beside a work dir."""
-    words = [tiny / 'tiny.py', work_dir.parent / 'recipe.yaml', '--work-dir', work_dir, *OPTIONS, *more]
-    return main([str(word) for word in words])
-
-
-def test_labels_and_axes(work_dir):
-    run = read_run(work_dir)
+def test_labels_and_axes(reported):
+    run = read_run(reported)
     start = run.start
     assert (start.project, start.run_group, start.run_id, start.display_name) == (
         'test',
@@ -50,9 +26,9 @@ def test_labels_and_axes(work_dir):
     assert run.summaries['unit_loss/*'] == {'min', 'last'} and run.summaries['sqnr_db/*'] == {'min', 'mean'}
 
 
-def test_every_stage_reports_when_it_ends(work_dir):
-    run = read_run(work_dir)
-    result = json.loads((work_dir / 'result.json').read_text())
+def test_every_stage_reports_when_it_ends(reported):
+    run = read_run(reported)
+    result = json.loads((reported / 'result.json').read_text())
     seconds, memory = (points(run, STAGE, f'stage/{name}') for name in ('seconds', 'memory_mb'))
     assert list(seconds) == list(range(1, len(STAGES) + 1))
     # result.json is written while the last one runs
@@ -68,8 +44,8 @@ def test_every_stage_reports_when_it_ends(work_dir):
     assert run.summary['drop/segm_mAP'] == pytest.approx(drop)
 
 
-def test_curves_have_their_iterations(work_dir):
-    run = read_run(work_dir)
+def test_curves_have_their_iterations(reported):
+    run = read_run(reported)
     units = [row[0] for row in table(run, 'units')['data']]
     assert len(units) > 2
     for unit in units:
@@ -79,8 +55,8 @@ def test_curves_have_their_iterations(work_dir):
         assert run.summary[name] == dict(min=min(curve.values()), last=curve[4])
 
 
-def test_errors_of_quantizers_over_the_depth(work_dir):
-    run = read_run(work_dir)
+def test_errors_of_quantizers_over_the_depth(reported):
+    run = read_run(reported)
     content = table(run, 'quantizers')
     place = {name: index for index, name in enumerate(content['columns'])}
     for kind in ('act', 'weight'):
@@ -91,21 +67,21 @@ def test_errors_of_quantizers_over_the_depth(work_dir):
         assert len(expected) > 10
 
 
-def test_pictures_and_plots_are_there(work_dir):
-    run = read_run(work_dir)
+def test_pictures_and_plots_are_there(reported):
+    run = read_run(reported)
     plots = {name for name in run.history if name.startswith('plots/')}
-    assert plots == {f'plots/{file.stem}' for file in work_dir.glob('*.png')} >= {'plots/sqnr', 'plots/reconstruction'}
+    assert plots == {f'plots/{file.stem}' for file in reported.glob('*.png')} >= {'plots/sqnr', 'plots/reconstruction'}
     ranked = points(run, RANK, 'pictures/ranked')
     assert list(ranked) == [1, 2]
     for picture in (*ranked.values(), *(run.history[name] for name in plots)):
         assert (run.folder / 'files' / picture['path']).is_file()
 
 
-def test_a_resumed_run_replaces_the_first_and_lacks_nothing(work_dir, tiny, monkeypatch):
-    monkeypatch.setenv('PTQSAM_CACHE', str(work_dir.parent / 'cache'))
+def test_a_resumed_run_replaces_the_first_and_lacks_nothing(reported, tiny, tmp_path):
+    work_dir = tmp_path / 'work'
+    shutil.copytree(reported, work_dir)
     before = read_run(work_dir)
     tables = {name: table(before, name) for name in ('units', 'quantizers')}
-    (work_dir / 'result.json').unlink()
     assert run_tool(tiny, work_dir, '--resume', '--eval-fp', '--show-dir', work_dir / 'masks') == 0
     after = read_run(work_dir)
     assert after.folder != before.folder and after.start.run_id == before.start.run_id
@@ -119,8 +95,7 @@ def test_a_resumed_run_replaces_the_first_and_lacks_nothing(work_dir, tiny, monk
     assert {name: table(after, name) for name in tables} == tables
 
 
-def test_a_failed_run_says_why(work_dir, tiny, tmp_path, capsys):
-    (tmp_path / 'recipe.yaml').write_text((work_dir.parent / 'recipe.yaml').read_text())
+def test_a_failed_run_says_why(tiny, tmp_path, capsys):
     missing = tmp_path / 'none.pth'
     assert run_tool(tiny, tmp_path / 'work', '--cfg-options', f'model.sam.checkpoint={missing}') == 3
     run = read_run(tmp_path / 'work')

@@ -1,10 +1,29 @@
-"""Read back what wandb wrote, and see what it has running."""
+"""Make runs that report to wandb, read back what it wrote, and see what it has running."""
 
 import json
 import os
 import struct
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
+
+RECIPE = """
+_base_: {base}
+reconstruction: {{iters: 4, unit: block, max_boxes: 2, tokens_per_step: 64}}
+"""
+OPTIONS = ('--wandb', 'test', '--wandb-options', 'group=grid', 'id=cell-1', 'tags=a,b', 'name=mse, w4a8 = 1e3')
+
+
+def run_tool(tiny: Path, work_dir: Path, *more: object) -> int:
+    """Reconstruct the tiny SAM with the command line, in this process; the folder of detector boxes is beside `tiny`."""
+    from ptqsam.cli import main
+
+    recipe = tiny / 'reconstructed.yaml'
+    recipe.write_text(RECIPE.format(base=tiny / 'recipe.yaml'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PTQSAM_CACHE', str(tiny / 'cache'))
+        return main([str(word) for word in (tiny / 'tiny.py', recipe, '--work-dir', work_dir, *OPTIONS, *more)])
 
 
 def read_run(work_dir: Path) -> SimpleNamespace:
