@@ -5,7 +5,6 @@ neither a login nor a network, to upload it does.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from ptqsam.cli import exit_code_of
 from ptqsam.errors import ConfigError
-from ptqsam.fileio import write_text
+from ptqsam.fileio import write_json
 from ptqsam.report.wandb_content import ITERATION, QUANTIZER, STAGE
 from ptqsam.report.wandb_report import import_wandb, no_questions
 from ptqsam.sweep.records import read_records
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f'{args.sweep}: names no W&B project (wandb: ...); name one with --project')
     output = args.output or Path(f'wandb_dashboard_{name}.json')
     workspace = build_workspace(name, project, args.entity or os.environ.get('WANDB_ENTITY', ''), metrics)
-    write_text(output, json.dumps(definition(workspace), indent=2) + '\n')
+    write_json(output, definition(workspace))
     print(f'definition of the dashboard: {output}', file=sys.stderr)
     if args.create:
         print(create(workspace))
@@ -153,7 +152,7 @@ def build_workspace(name: str, project: str, entity: str, metrics: Sequence[str]
         ],
         settings=workspaces.WorkspaceSettings(max_runs=MAX_RUNS),
         runset_settings=workspaces.RunsetSettings(
-            filters=[expr.Metric('Group') == name],
+            filters=expr.And(expr.Metric('Group') == name),
             groupby=grouped,
             order=[expr.Ordering(expr.Summary(main_metric), ascending=False)],
             pinned_columns=[f'summary:{column}' for column in columns],

@@ -1,11 +1,12 @@
 """Report to Weights & Biases: one run per run of the loop. Offline unless asked otherwise."""
 
+import functools
 import importlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,24 @@ if TYPE_CHECKING:
 MODES = ('online', 'offline', 'disabled')
 # where wandb keeps copies of what it uploads and its logs, by default in the home folder
 FOLDERS = ('WANDB_DATA_DIR', 'WANDB_CACHE_DIR')
+
+
+def reporting(method: 'Callable[[WandbReport, Runner], None]') -> 'Callable[[WandbReport, Runner], None]':
+    """Do nothing without a run; should wandb's process be gone, go on without it: a report is not worth a result."""
+
+    @functools.wraps(method)
+    def report(self: 'WandbReport', runner: 'Runner') -> None:
+        if self.run is None:
+            return
+        try:
+            method(self, runner)
+        except (ConnectionError, import_wandb().errors.Error) as error:
+            runner.logger.warning(f'WandbReport: wandb is lost, the run goes on without it ({error})')
+            self.run = None
+            with suppress(ConnectionError):
+                self._close(1)
+
+    return report
 
 
 @SOLVER_HOOKS.register_module()
@@ -116,36 +135,41 @@ class WandbReport(Hook):
             self.run.define_metric(axis, hidden=True)
             self.run.define_metric(f'{prefix}/*', step_metric=axis, summary=summary)
 
+    @reporting
     def after_load(self, runner: 'Runner') -> None:
         """Log time and memory."""
         self._end_stage(runner, 'load')
 
+    @reporting
     def after_evaluate_fp(self, runner: 'Runner') -> None:
         """Log metrics of the float model."""
         loop: Any = runner.test_loop
         self._end_stage(runner, 'evaluate_fp', metrics_of(loop.metrics))
 
+    @reporting
     def after_prepare(self, runner: 'Runner') -> None:
         """Log time and memory."""
         self._end_stage(runner, 'prepare')
 
+    @reporting
     def after_calibrate(self, runner: 'Runner') -> None:
         """Log pictures of what calibration found."""
         self._end_stage(runner, 'calibrate')
 
+    @reporting
     def after_reconstruct(self, runner: 'Runner') -> None:
         """Log what reconstruction did to each unit; its loss curves have the iteration as their axis."""
         self._end_stage(runner, 'reconstruct')
         self._log_units(runner)
 
+    @reporting
     def after_freeze(self, runner: 'Runner') -> None:
         """Log time and memory."""
         self._end_stage(runner, 'freeze')
 
+    @reporting
     def after_evaluate(self, runner: 'Runner') -> None:
         """Log metrics of the quantized model, its size, and the error of each quantizer."""
-        if self.run is None:
-            return
         loop: Any = runner.test_loop
         bits = loop.recipe.plain()['bits']
         values = metrics_of(loop.metrics) | {f'size_mb/{name}': size for name, size in loop.size_mb.items()}
@@ -155,10 +179,9 @@ class WandbReport(Hook):
         for point in sqnr_points(loop.rules.enabled, loop.errors):
             self.run.log(point)
 
+    @reporting
     def after_report(self, runner: 'Runner') -> None:
         """Log what the run left in its work dir, and close the run."""
-        if self.run is None:
-            return
         wandb = import_wandb()
         loop: Any = runner.test_loop
         folder = Path(loop.work_dir)
@@ -176,10 +199,9 @@ class WandbReport(Hook):
         if self.mode == 'offline':
             runner.logger.info(f'wandb: to upload this run, `wandb sync {place}`')
 
+    @reporting
     def after_failure(self, runner: 'Runner') -> None:
         """Close the run as failed, with what went wrong in its summary."""
-        if self.run is None:
-            return
         error = sys.exception()
         text = ' '.join(str(error).split())
         if not isinstance(error, PTQSAMError):
@@ -189,8 +211,6 @@ class WandbReport(Hook):
 
     def _end_stage(self, runner: 'Runner', stage: str, more: Mapping[str, Any] | None = None) -> None:
         """Log the time of a stage, the largest memory use so far, new plots in the work dir, and more."""
-        if self.run is None:
-            return
         wandb = import_wandb()
         loop: Any = runner.test_loop
         seconds = loop.seconds[stage]
@@ -202,8 +222,6 @@ class WandbReport(Hook):
 
     def _log_units(self, runner: 'Runner') -> None:
         """Log the table and the loss curves of reconstructed units."""
-        if self.run is None:
-            return
         loop: Any = runner.test_loop
         folder = Path(loop.work_dir)
         columns, rows = read_table(folder / 'reconstruction.csv')
@@ -215,14 +233,16 @@ class WandbReport(Hook):
     def _close(self, exit_code: int) -> None:
         """Finish the run and end wandb's background process, unless somebody else uses it."""
         wandb = import_wandb()
-        if self.run is not None:
-            self.run.finish(exit_code=exit_code)
+        try:
+            if self.run is not None:
+                self.run.finish(exit_code=exit_code)
+            if wandb.run is None:
+                wandb.teardown()
+        finally:
             self.run = None
-        if wandb.run is None:
-            wandb.teardown()
-        for name in self._own_folders:
-            os.environ.pop(name, None)
-        self._own_folders = []
+            for name in self._own_folders:
+                os.environ.pop(name, None)
+            self._own_folders = []
 
 
 def import_wandb() -> Any:

@@ -29,8 +29,11 @@ def sync_command(folder: Path) -> str:
     Args:
         folder: of the sweep.
     """
-    pattern = 'cells/*/wandb/offline-run-*'
-    return f'wandb sync {shlex.quote(str(folder))}/{pattern}' if next(folder.glob(pattern), None) else ''
+    runs = folder.glob('cells/**/wandb/offline-run-*')
+    # a shell has no pattern for any depth; names of cells have slashes
+    depths = sorted({len(run.relative_to(folder / 'cells').parts) - 2 for run in runs})
+    patterns = [f'{shlex.quote(str(folder))}/cells/{"*/" * depth}wandb/offline-run-*' for depth in depths]
+    return ' '.join(['wandb', 'sync', *patterns]) if patterns else ''
 
 
 def sweep_definition(cells: Sequence[str], command: Sequence[str], project: str, name: str) -> dict[str, Any]:

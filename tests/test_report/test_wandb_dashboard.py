@@ -7,8 +7,13 @@ import sys
 import pytest
 
 from ptqsam.report.wandb_content import STAGES
-from ptqsam.report.wandb_dashboard import build_workspace, main
+from ptqsam.report.wandb_dashboard import METRICS, describe, main
+from ptqsam.sweep.cells import expand
+from ptqsam.sweep.driver import plan
+from ptqsam.sweep.records import read_records
+from ptqsam.sweep.spec import load_sweep
 from tests.test_report.wandb_files import read_run
+from tests.test_sweep.helpers import write_sweep
 from tests.tiny import ROOT
 
 SWEEP = ROOT / 'exp/sweeps/demo_smoke.yaml'
@@ -29,9 +34,8 @@ def write(tmp_path, *words) -> dict:
 
 def panels_of(content: dict) -> list[dict]:
     """All panels of a definition."""
-    return [
-        panel for section in content['spec']['section']['panelBankConfig']['sections'] for panel in section['panels']
-    ]
+    sections = content['spec']['section']['panelBankConfig']['sections']
+    return [panel for section in sections for panel in section['panels']]
 
 
 def test_wandbs_package_reads_it_back(package, tmp_path):
@@ -41,22 +45,11 @@ def test_wandbs_package_reads_it_back(package, tmp_path):
     content = write(tmp_path, '--entity', 'team')
     again = workspaces.Workspace._from_model(internal.View.model_validate(content))
     assert (again.entity, again.project, again.name) == ('team', 'sam', 'Sweep demo_smoke')
-    assert [section.name for section in again.sections] == [
-        'Accuracy',
-        'Quantization error',
-        'Reconstruction',
-        'Masks',
-        'Cost',
-    ]
-    assert [str(group) for group in again.runset_settings.groupby][0] == str(build_workspace_groups()[0])
+    titles = [section.name for section in again.sections]
+    assert titles == ['Accuracy', 'Quantization error', 'Reconstruction', 'Masks', 'Cost']
     assert 'demo_smoke' in again.runset_settings.filters
     kinds = {type(panel).__name__ for section in again.sections for panel in section.panels}
     assert kinds == {'LinePlot', 'BarPlot', 'ScatterPlot', 'ParallelCoordinatesPlot', 'MediaBrowser'}
-
-
-def build_workspace_groups():
-    """Groups of runs before they are written."""
-    return build_workspace('demo_smoke', 'sam', '', ('segm_mAP',)).runset_settings.groupby
 
 
 def test_panels_show_what_runs_log(package, reported, tmp_path):
@@ -107,6 +100,24 @@ def test_what_it_cannot_work_with(words, code, line, tmp_path, monkeypatch, caps
     assert main([str(word) for word in words]) == code
     assert line in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_a_sweep(package, tiny, tmp_path):
+    """Its metrics are those of its results."""
+    sweep = write_sweep(tmp_path, tiny, wandb='grid of mine')
+    folder = tmp_path / 'grid'
+    plan(folder, expand(load_sweep(sweep), str(sweep)))
+    (folder / 'sweep.yaml').write_text(sweep.read_text())
+    assert describe(folder) == ('grid', METRICS, 'grid of mine')
+    result = dict(metrics=dict(fp=None, quant=dict(mask_mIoU=0.5, mask_matched=1.0)), compat=[])
+    cell = read_records(folder)[0].folder
+    cell.mkdir(parents=True)
+    (cell / 'result.json').write_text(json.dumps(result))
+    assert describe(folder) == ('grid', ('mask_mIoU',), 'grid of mine')
+    output = tmp_path / 'd.json'
+    assert main([str(folder), '--output', str(output)]) == 0
+    text = output.read_text()
+    assert 'quant/mask_mIoU' in text and 'quant/segm_mAP' not in text
 
 
 def test_a_name_that_the_package_cannot_express(package, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -146,6 +147,20 @@ def test_a_failed_run_says_why(error, text, runner, wandb):
     run = read_run(runner.test_loop.work_dir)
     assert (run.exit_code, run.summary['error']) == (1, text)
     assert not children()
+
+
+@pytest.mark.parametrize('last', ['after_report', 'after_failure'])
+def test_a_run_outlives_wandb(last, runner, wandb, caplog):
+    """Its process may be the one that the system kills when memory is short."""
+    hook = WandbReport()
+    hook.before_load(runner)
+    for process in children():
+        os.kill(process, signal.SIGKILL)
+    hook.after_calibrate(runner)
+    getattr(hook, last)(runner)
+    lines = [record.message for record in caplog.records if record.name == runner.logger.name]
+    assert len(lines) == 1 and 'wandb is lost, the run goes on without it' in lines[0]
+    assert 'WANDB_DATA_DIR' not in os.environ
 
 
 def test_a_run_replaces_one_with_its_id(runner, wandb):

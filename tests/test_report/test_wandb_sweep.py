@@ -67,10 +67,10 @@ def test_the_command_to_upload_finds_all_runs(wandb, tmp_path):
     folder = tmp_path / 'a sweep'
     (folder / 'cells/none').mkdir(parents=True)
     assert sync_command(folder) == ''
-    for cell in ('one', 'two'):
+    for cell, run_id in (('yolox/one', 'one'), ('oracle/two', 'two'), ('three', 'three')):
         (folder / 'cells' / cell / 'wandb').mkdir(parents=True)
         settings = wandb.Settings(silent=True, console='off')
-        wandb.init(mode='offline', dir=str(folder / 'cells' / cell), id=cell, settings=settings).finish()
+        wandb.init(mode='offline', dir=str(folder / 'cells' / cell), id=run_id, settings=settings).finish()
     wandb.teardown()
     command = sync_command(folder)
     (tool, verb, *_) = shlex.split(command)
@@ -79,6 +79,6 @@ def test_the_command_to_upload_finds_all_runs(wandb, tmp_path):
     done = subprocess.run(
         command.replace('wandb sync', program, 1), shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
-    assert done.returncode == 0 and 'Would sync 2 run(s)' in done.stderr
-    assert all(f'run-{cell}.wandb' in done.stderr for cell in ('one', 'two'))
+    assert done.returncode == 0 and 'Would sync 3 run(s)' in done.stderr
+    assert all(f'run-{cell}.wandb' in done.stderr for cell in ('one', 'two', 'three'))
     assert all(read_records(path.read_bytes()) for path in folder.rglob('*.wandb'))

@@ -16,7 +16,7 @@ OPTIONS = ('--wandb', 'test', '--wandb-options', 'group=grid', 'id=cell-1', 'tag
 
 
 def run_tool(tiny: Path, work_dir: Path, *more: object) -> int:
-    """Reconstruct the tiny SAM with the command line, in this process; the folder of detector boxes is beside `tiny`."""
+    """Reconstruct the tiny SAM with the command line, in this process."""
     from ptqsam.cli import main
 
     recipe = tiny / 'reconstructed.yaml'
@@ -92,8 +92,8 @@ def read_records(data: bytes) -> list[bytes]:
     return records
 
 
-def children() -> list[str]:
-    """Command lines of this process's children that belong to wandb."""
+def children() -> list[int]:
+    """This process's children that belong to wandb."""
     found = []
     for stat in Path('/proc').glob('[0-9]*/stat'):
         try:
@@ -102,5 +102,5 @@ def children() -> list[str]:
         except (OSError, IndexError):
             continue
         if parent == os.getpid() and 'wandb' in command:
-            found.append(command)
+            found.append(int(stat.parent.name))
     return found
