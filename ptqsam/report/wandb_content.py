@@ -169,10 +169,9 @@ def pictures_of(gallery: 'Gallery | None') -> list[Picture]:
     index = gallery.show_dir / 'index.json'
     if not index.is_file():
         return [Picture(file, file.stem) for file in gallery.pictures[:MAX_PICTURES]]
-    entries = json.loads(index.read_text(encoding='utf-8'))
-    drawn = {file.name for file in gallery.pictures}  # the folder may hold more, of other runs
-    entries = [entry for entry in entries if Path(entry['file']).name in drawn]
-    return [Picture(gallery.show_dir / entry['file'], _caption(entry)) for entry in entries[:MAX_PICTURES]]
+    drawn = {file.name: file for file in gallery.pictures}  # the folder may hold more, of other runs
+    entries = [entry for entry in json.loads(index.read_text(encoding='utf-8')) if entry['file'] in drawn]
+    return [Picture(drawn[entry['file']], _caption(entry)) for entry in entries[:MAX_PICTURES]]
 
 
 def _caption(entry: Mapping[str, Any]) -> str:
