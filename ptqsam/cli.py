@@ -28,6 +28,7 @@ from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.errors import ConfigError, PTQSAMError
 from ptqsam.launch import lost_others, report_failure, report_lost, tell_others, together
 from ptqsam.reconstruction.cache import is_out_of_memory
+from ptqsam.registry import SOLVER_HOOKS, check_part
 from ptqsam.report import result_table
 from ptqsam.solver.loop import PREPARATION_FILES, RESULT_FILES
 from ptqsam.solver.options import RunOptions
@@ -123,6 +124,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--wandb', metavar='PROJECT', help='report to Weights & Biases, offline unless WANDB_MODE is set'
     )
     parser.add_argument(
+        '--wandb-options',
+        nargs='+',
+        type=key_and_text,
+        default=[],
+        metavar='K=V',
+        help='of that run: name=N group=G tags=a,b id=ID (replaces the run with this id) mode=online',
+    )
+    parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm'],
         default='none',
@@ -135,7 +144,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error('--quant-options or --cfg-options: cannot read a value; put lists of dicts into the file itself')
     if args.limit is not None and args.limit < 1:
         parser.error('--limit must be at least 1')
+    if args.wandb_options and not args.wandb:
+        parser.error('--wandb-options needs --wandb PROJECT')
     return args
+
+
+def key_and_text(word: str) -> tuple[str, str]:
+    """Split `key=text`; unlike the options of a recipe, a text is never a number or a list."""
+    key, sign, text = word.partition('=')
+    if not sign:
+        raise argparse.ArgumentTypeError(f"'{word}' is not KEY=VALUE")
+    return key, text
 
 
 def run_together(args: argparse.Namespace) -> int:
@@ -316,8 +335,9 @@ def build_runner(
         type='PTQLoop', recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)
     )
     if args.wandb:
-        hook = dict(type='ptqsam.WandbReport', project=args.wandb)
-        config.custom_hooks = [*config.get('custom_hooks', []), hook]
+        report = dict(type='WandbReport', project=args.wandb) | dict(args.wandb_options)
+        check_part(SOLVER_HOOKS, **report)
+        config.custom_hooks = [*config.get('custom_hooks', []), report | dict(type='ptqsam.WandbReport')]
     # the processes have joined already; mmengine would do it again, on GPUs only, and wrap the model for training
     config.work_dir, config.launcher = str(work_dir), 'none'
     config.randomness = dict(seed=seed)

@@ -329,3 +329,20 @@ class Reconstructor:
         reset_drop_prob(unit, self.settings, self.recipe.compat)
         self.outcomes[unit.name] = Outcome(**facts, losses=tensors['losses'])
         self.bar.update(self.of_unit[unit].iters)
+
+
+def read_outcomes(folder: Path) -> dict[str, Outcome]:
+    """What reconstruction did to each finished unit, from the files that `Reconstructor.commit` wrote.
+
+    Args:
+        folder: where they lie.
+
+    Returns:
+        Unit -> outcome, in the order of execution.
+    """
+    outcomes = {}
+    for path in sorted(folder.glob('[0-9]*.safetensors')):
+        with safe_open(path, 'pt') as file:
+            facts = file.metadata()
+            outcomes[facts['unit']] = Outcome(**json.loads(facts['outcome']), losses=file.get_tensor('losses'))
+    return outcomes

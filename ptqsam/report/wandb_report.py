@@ -1,47 +1,78 @@
-"""Report to Weights & Biases: config, metrics, table of quantizers, pictures. Offline unless asked otherwise."""
+"""Report to Weights & Biases: one run per run of the loop. Offline unless asked otherwise."""
 
-import csv
+import functools
 import importlib
-import math
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
-from ptqsam.errors import ConfigError
+from ptqsam.errors import ConfigError, PTQSAMError
+from ptqsam.reconstruction.engine import read_outcomes
 from ptqsam.registry import SOLVER_HOOKS
-from ptqsam.report.reconstruction import COLUMNS as OUTCOME_COLUMNS
-from ptqsam.report.reconstruction import point_ends, relative_losses, shortened
+from ptqsam.report.wandb_content import (
+    RANK,
+    SERIES,
+    STAGE,
+    STAGES,
+    config_of,
+    curve_points,
+    metrics_of,
+    pictures_of,
+    plots_of,
+    read_table,
+    sqnr_points,
+    summary_of,
+    unit_curves,
+)
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
 
-MAX_PICTURES = 16
-# columns of tables; axis of the loss curves
-NUMBERS = ('sqnr_db', 'cosine', *OUTCOME_COLUMNS[1:])
-ITERATION = 'reconstruction/iteration'
 MODES = ('online', 'offline', 'disabled')
 # where wandb keeps copies of what it uploads and its logs, by default in the home folder
 FOLDERS = ('WANDB_DATA_DIR', 'WANDB_CACHE_DIR')
+
+
+def reporting(method: 'Callable[[WandbReport, Runner], None]') -> 'Callable[[WandbReport, Runner], None]':
+    """Do nothing without a run; should wandb's process be gone, go on without it: a report is not worth a result."""
+
+    @functools.wraps(method)
+    def report(self: 'WandbReport', runner: 'Runner') -> None:
+        if self.run is None:
+            return
+        try:
+            method(self, runner)
+        except (ConnectionError, import_wandb().errors.Error) as error:
+            runner.logger.warning(f'WandbReport: wandb is lost, the run goes on without it ({error})')
+            self.run = None
+            with suppress(ConnectionError):
+                self._close(1)
+
+    return report
 
 
 @SOLVER_HOOKS.register_module()
 class WandbReport(Hook):
     """One wandb run for one run of the loop; its files lie in `<work dir>/wandb`.
 
-    What is reported is what the run left in its work dir, so that the two never disagree. wandb itself is imported
-    when the run starts and not before.
+    What is reported is what the run left in its work dir, so that the two never disagree: a resumed run reports what
+    an earlier one has done as well, and so replaces it. wandb itself is imported when the run starts and not before.
 
     Args:
         project: wandb project.
         name: name of the run, default model and recipe.
         group: group of runs, for example a sweep.
-        tags: tags of the run.
-        mode: 'online', 'offline' or 'disabled'; default the environment variable WANDB_MODE, else 'offline'.
+        tags: tags of the run, a text with commas or a list.
+        id: id of the run, which replaces an earlier run with this id; default a new one.
+        mode: 'online', 'offline' or 'disabled'; default the environment variable WANDB_MODE, else 'online' for an
+            agent of a wandb sweep, else 'offline'.
     """
 
     priority = 'VERY_LOW'
@@ -51,20 +82,23 @@ class WandbReport(Hook):
         project: str = 'ptqsam',
         name: str | None = None,
         group: str | None = None,
-        tags: Sequence[str] = (),
+        tags: str | Sequence[str] = (),
+        id: str | None = None,
         mode: str | None = None,
     ) -> None:
-        self.mode = mode or os.environ.get('WANDB_MODE') or 'offline'
-        self.name = name
-        self.labels: dict[str, Any] = dict(project=project, group=group, tags=list(tags))
+        usual = 'online' if 'WANDB_SWEEP_ID' in os.environ else 'offline'
+        self.mode = mode or os.environ.get('WANDB_MODE') or usual
+        words = tags.split(',') if isinstance(tags, str) else list(tags)
+        self.labels: dict[str, Any] = dict(project=project, name=name, group=group, id=id, tags=words)
         self.run: Any = None
         self._own_folders: list[str] = []
+        self._plots: set[str] = set()
 
-    def before_prepare(self, runner: 'Runner') -> None:
+    def before_load(self, runner: 'Runner') -> None:
         """Start the run.
 
         Raises:
-            ConfigError: unknown mode; wandb is not installed or refuses to start.
+            ConfigError: unknown mode; wandb is not installed, not logged in or refuses to start.
         """
         if not is_main_process():
             return
@@ -73,83 +107,142 @@ class WandbReport(Hook):
         wandb = import_wandb()
         loop: Any = runner.test_loop
         options = loop.options
-        config = dict(model=options.model, quant=options.quant, seed=options.seed, **loop.recipe.plain())
         folder = Path(loop.work_dir).resolve()
         (folder / 'wandb').mkdir(parents=True, exist_ok=True)
         self._own_folders = [name for name in FOLDERS if name not in os.environ]
         os.environ |= {name: str(folder / 'wandb') for name in self._own_folders}
+        self._plots.clear()
         try:
-            self.run = wandb.init(
-                **self.labels,
-                name=self.name or f'{options.model} {options.quant}',
-                config=config,
-                mode=self.mode,
-                dir=str(folder),
-                # a run that the caller has open is none of ours
-                reinit='create_new',
-                # stdout belongs to the result
-                settings=wandb.Settings(silent=True, console='off'),
-            )
-        except wandb.errors.Error as error:
+            with no_questions():
+                self.run = wandb.init(
+                    **self.labels | dict(name=self.labels['name'] or f'{options.model} {options.quant}'),
+                    config=config_of(options.model, options.quant, options.seed, loop.recipe.plain()),
+                    mode=self.mode,
+                    dir=str(folder),
+                    # a run that the caller has open is none of ours
+                    reinit='create_new',
+                    # stdout belongs to the result
+                    settings=wandb.Settings(silent=True, console='off'),
+                )
+        except (wandb.errors.Error, ValueError) as error:
             self._close(1)
-            reason = ' '.join(str(error).split())
-            raise ConfigError(f'WandbReport: wandb does not start in mode {self.mode!r} ({reason})') from None
+            raise ConfigError(
+                f'WandbReport: wandb does not start in mode {self.mode!r} ({" ".join(str(error).split())})'
+            ) from None
+        if self.mode != 'disabled' and self.labels['id'] is not None:
+            remove_earlier(folder / 'wandb', Path(self.run.settings.sync_dir), self.run.id)
+        for prefix, (axis, summary) in SERIES.items():
+            self.run.define_metric(axis, hidden=True)
+            self.run.define_metric(f'{prefix}/*', step_metric=axis, summary=summary)
 
+    @reporting
+    def after_load(self, runner: 'Runner') -> None:
+        """Log time and memory."""
+        self._end_stage(runner, 'load')
+
+    @reporting
+    def after_evaluate_fp(self, runner: 'Runner') -> None:
+        """Log metrics of the float model."""
+        loop: Any = runner.test_loop
+        self._end_stage(runner, 'evaluate_fp', metrics_of(loop.metrics))
+
+    @reporting
+    def after_prepare(self, runner: 'Runner') -> None:
+        """Log time and memory."""
+        self._end_stage(runner, 'prepare')
+
+    @reporting
+    def after_calibrate(self, runner: 'Runner') -> None:
+        """Log pictures of what calibration found."""
+        self._end_stage(runner, 'calibrate')
+
+    @reporting
     def after_reconstruct(self, runner: 'Runner') -> None:
         """Log what reconstruction did to each unit; its loss curves have the iteration as their axis."""
-        if self.run is None:
-            return
-        wandb = import_wandb()
-        loop: Any = runner.test_loop
-        folder = Path(loop.work_dir)
-        columns, rows = read_table(folder / 'reconstruction.csv')
-        media: dict[str, Any] = {'units': wandb.Table(columns=columns, data=rows)}
-        if (plot := folder / 'reconstruction.png').is_file():
-            media['reconstruction'] = wandb.Image(str(plot))
-        self.run.log(media)
-        self.run.define_metric(ITERATION, hidden=True)
-        self.run.define_metric('unit_loss/*', step_metric=ITERATION)
-        curves = {f'unit_loss/{unit}': relative_losses(outcome) for unit, outcome in loop.outcomes.items()}
-        for values in curve_points(curves):
-            self.run.log(values)
+        self._end_stage(runner, 'reconstruct')
+        self._log_units(runner)
 
+    @reporting
+    def after_freeze(self, runner: 'Runner') -> None:
+        """Log time and memory."""
+        self._end_stage(runner, 'freeze')
+
+    @reporting
+    def after_evaluate(self, runner: 'Runner') -> None:
+        """Log metrics of the quantized model, its size, and the error of each quantizer."""
+        loop: Any = runner.test_loop
+        bits = loop.recipe.plain()['bits']
+        values = metrics_of(loop.metrics) | {f'size_mb/{name}': size for name, size in loop.size_mb.items()}
+        # in one row with the metrics, so that these can be drawn over bits
+        values |= {f'bits/{kind}': bits[kind] for kind in ('weight', 'act')}
+        self._end_stage(runner, 'evaluate', values)
+        for point in sqnr_points(loop.rules.enabled, loop.errors):
+            self.run.log(point)
+
+    @reporting
     def after_report(self, runner: 'Runner') -> None:
         """Log what the run left in its work dir, and close the run."""
-        if self.run is None:
-            return
         wandb = import_wandb()
         loop: Any = runner.test_loop
         folder = Path(loop.work_dir)
+        if 'reconstruct' not in loop.seconds and (folder / 'reconstruction.csv').is_file():
+            self._log_units(runner)  # the run went on from an earlier one
         columns, rows = read_table(folder / 'summary.csv')
-        media: dict[str, Any] = {'quantizers': wandb.Table(columns=columns, data=rows)}
-        if (plot := folder / 'sqnr.png').is_file():
-            media['sqnr'] = wandb.Image(str(plot))
-        # one name per image, so that runs can be compared picture by picture
-        pictures = loop.gallery.pictures[:MAX_PICTURES] if loop.gallery else []
-        media |= {f'pictures/{file.stem}': wandb.Image(str(file)) for file in pictures}
-        self.run.log(media)
+        self._end_stage(runner, 'report', dict(quantizers=wandb.Table(columns=columns, data=rows)))
+        for rank, (file, caption) in enumerate(pictures_of(loop.gallery), 1):
+            # by rank to look at the worst ones, by name to compare runs picture by picture
+            names = ('pictures/ranked', f'pictures/{file.stem}')
+            self.run.log({RANK: rank} | {name: wandb.Image(str(file), caption=caption) for name in names})
         self.run.summary.update(summary_of(loop.result))
         place = self.run.settings.sync_dir
         self._close(0)
         if self.mode == 'offline':
             runner.logger.info(f'wandb: to upload this run, `wandb sync {place}`')
 
+    @reporting
     def after_failure(self, runner: 'Runner') -> None:
-        """Close the run as failed."""
-        if self.run is not None:
-            self._close(1)
+        """Close the run as failed, with what went wrong in its summary."""
+        error = sys.exception()
+        text = ' '.join(str(error).split())
+        if not isinstance(error, PTQSAMError):
+            text = f'{type(error).__name__}: {text}'.removesuffix(': ')
+        self.run.summary['error'] = text
+        self._close(1)
+
+    def _end_stage(self, runner: 'Runner', stage: str, more: Mapping[str, Any] | None = None) -> None:
+        """Log the time of a stage, the largest memory use so far, new plots in the work dir, and more."""
+        wandb = import_wandb()
+        loop: Any = runner.test_loop
+        seconds = loop.seconds[stage]
+        row = {STAGE: STAGES.index(stage) + 1, 'stage/seconds': seconds, f'seconds/{stage}': seconds}
+        row['stage/memory_mb'] = loop.memory_mb[stage]
+        plots = {name: file for name, file in plots_of(Path(loop.work_dir)).items() if name not in self._plots}
+        self._plots |= set(plots)
+        self.run.log(row | {name: wandb.Image(str(file)) for name, file in plots.items()} | dict(more or {}))
+
+    def _log_units(self, runner: 'Runner') -> None:
+        """Log the table and the loss curves of reconstructed units."""
+        loop: Any = runner.test_loop
+        folder = Path(loop.work_dir)
+        columns, rows = read_table(folder / 'reconstruction.csv')
+        self.run.log(dict(units=import_wandb().Table(columns=columns, data=rows)))
+        outcomes = loop.outcomes or read_outcomes(folder / 'reconstruction')
+        for point in curve_points(unit_curves(outcomes)):
+            self.run.log(point)
 
     def _close(self, exit_code: int) -> None:
         """Finish the run and end wandb's background process, unless somebody else uses it."""
         wandb = import_wandb()
-        if self.run is not None:
-            self.run.finish(exit_code=exit_code)
+        try:
+            if self.run is not None:
+                self.run.finish(exit_code=exit_code)
+            if wandb.run is None:
+                wandb.teardown()
+        finally:
             self.run = None
-        if wandb.run is None:
-            wandb.teardown()
-        for name in self._own_folders:
-            os.environ.pop(name, None)
-        self._own_folders = []
+            for name in self._own_folders:
+                os.environ.pop(name, None)
+            self._own_folders = []
 
 
 def import_wandb() -> Any:
@@ -164,55 +257,27 @@ def import_wandb() -> Any:
         raise ConfigError("WandbReport needs wandb, which is not installed: pip install 'ptqsam[wandb]'") from None
 
 
-def summary_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of a run under names for a dashboard: `fp/segm_mAP`, `quant/segm_mAP`, `size_mb/packed`, ...
+@contextmanager
+def no_questions() -> Iterator[None]:
+    """Let wandb find no terminal: without a login it would ask there for one, and a long run would wait for ever."""
+    with open(os.devnull, encoding='utf-8') as nothing:
+        stdin, sys.stdin = sys.stdin, nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
+
+
+def remove_earlier(folder: Path, own: Path, run_id: str) -> None:
+    """Remove earlier offline runs with the id of a new one, which wandb would upload one over the other.
+
+    wandb cannot resume offline: there each run is a folder of its own, whatever its id.
 
     Args:
-        result: content of `result.json`.
-
-    Returns:
-        Flat dict; 'drop/<metric>' is what quantization cost, where the float model was evaluated.
+        folder: where runs lie.
+        own: folder of the new run.
+        run_id: id of the new run.
     """
-    fp, quant = result['metrics']['fp'] or {}, result['metrics']['quant']
-    groups = dict(fp=fp, quant=quant, size_mb=result['size_mb'], seconds=result['seconds'])
-    groups['drop'] = {name: value - quant[name] for name, value in fp.items()}
-    flat = {f'{group}/{name}': value for group, values in groups.items() for name, value in values.items()}
-    return flat | {name: result[name] for name in ('peak_memory_mb', 'compat', 'images')}
-
-
-def curve_points(curves: Mapping[str, np.ndarray]) -> Iterator[dict[str, float]]:
-    """What to log for curves over iterations, shortened to means of some of them.
-
-    Args:
-        curves: name -> values; parts may have learned for different numbers of iterations.
-
-    Yields:
-        `ITERATION`, ascending, and the values of the curves with a point that stands for iterations up to this one.
-    """
-    points: dict[int, dict[str, float]] = {}
-    for name, curve in curves.items():
-        for end, value in zip(point_ends(len(curve)), shortened(curve), strict=True):
-            points.setdefault(end, {})[name] = float(value)
-    for end in sorted(points):
-        yield {ITERATION: end} | points[end]
-
-
-def read_table(path: Path) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of `summary.csv` or `reconstruction.csv` with numbers as numbers.
-
-    Args:
-        path: the CSV file.
-
-    Returns:
-        Names of the columns, and rows. Empty cells and infinity are None, JSON has neither; an exact quantizer still
-        differs from one that was not measured by its cosine of 1.
-    """
-    with open(path, encoding='utf-8', newline='') as file:
-        columns, *rows = csv.reader(file)
-    convert: dict[str, Callable[[str], Any]] = {'bits': int} | dict.fromkeys(NUMBERS, _number)
-    return columns, [[convert.get(name, str)(cell) for name, cell in zip(columns, row, strict=True)] for row in rows]
-
-
-def _number(cell: str) -> float | None:
-    value = float(cell or 'nan')
-    return value if math.isfinite(value) else None
+    for earlier in folder.glob('offline-run-*'):
+        if (earlier / f'run-{run_id}.wandb').is_file() and earlier.resolve() != own.resolve():
+            shutil.rmtree(earlier)

@@ -79,6 +79,8 @@ class PTQLoop(TestLoop):
         result: content of `result.json`, after `run`.
         errors: quantizer path -> quantization error, after calibration.
         outcomes: unit -> what reconstruction did to it, after the stage `reconstruct`.
+        seconds: finished stage -> its time.
+        memory_mb: finished stage -> largest memory use of this process until its end.
         violations: what the gate would refuse; of a run with compat switches, others stop.
         rules: rules and what they decided.
     """
@@ -106,6 +108,7 @@ class PTQLoop(TestLoop):
         self.rules = RuleBook(self.recipe)
         self.errors: dict[str, QuantizationError] = {}
         self.seconds: dict[str, float] = {}
+        self.memory_mb: dict[str, float] = {}
         self.metrics: dict[str, dict[str, float] | None] = dict(fp=None, quant=None)
         self.size_mb: dict[str, float] = {}
         self.result: dict[str, Any] = {}
@@ -180,11 +183,12 @@ class PTQLoop(TestLoop):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Call the hooks around a stage, and take its time with that of the hooks before it."""
+        """Call the hooks around a stage; take its time with that of the hooks before it, and the memory used so far."""
         start = time.perf_counter()
         self.runner.call_hook(f'before_{name}')
         yield
         self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.memory_mb[name] = peak_memory_mb()
         self.runner.call_hook(f'after_{name}')
 
     def load_model(self) -> tuple[dict[str, Any], Path | None]:

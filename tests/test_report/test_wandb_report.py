@@ -1,52 +1,31 @@
 """Report to wandb: read back from the file that an offline run leaves."""
 
 import io
-import json
 import logging
 import os
-import struct
+import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from mmengine.registry import HOOKS
 from PIL import Image
 
-from ptqsam.errors import ConfigError
+from ptqsam.errors import AssetError, ConfigError
 from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import WandbReport
 from ptqsam.report.reconstruction import COLUMNS as OUTCOME_COLUMNS
-from ptqsam.report.reconstruction import plot_outcomes, point_ends, shortened, write_outcomes
-from ptqsam.report.wandb_report import ITERATION, MAX_PICTURES, curve_points, read_table, summary_of
+from ptqsam.report.reconstruction import plot_outcomes, write_outcomes
+from ptqsam.report.wandb_content import ITERATION, MAX_PICTURES, RANK, STAGES, summary_of
+from tests.test_report.test_wandb_content import RESULT, ROWS, SUMMARY
+from tests.test_report.wandb_files import children, points, read_run, table
 from tests.tiny import ROOT
 
-SUMMARY = """path,role,kind,quantizer,bits,observer,rule,sqnr_db,cosine
-a.input,encoder.a.input,act,Uniform,4,MSE,"rule 1 'a, b'",12.50,0.987000
-a.weight,encoder.a.weight,weight,Uniform,4,MinMax,built-in '*',inf,1.000000
-b.input,encoder.b.input,act,Uniform,8,MSE,built-in '*',,
-"""
-ROWS = [
-    ['a.input', 'encoder.a.input', 'act', 'Uniform', 4, 'MSE', "rule 1 'a, b'", 12.5, 0.987],
-    ['a.weight', 'encoder.a.weight', 'weight', 'Uniform', 4, 'MinMax', "built-in '*'", None, 1.0],
-    ['b.input', 'encoder.b.input', 'act', 'Uniform', 8, 'MSE', "built-in '*'", None, None],
-]
 RECIPE = dict(algorithm='mse', bits=dict(weight=4, act=8), rules=[dict(match='*', bits=4)])
-RESULT = dict(
-    metrics=dict(fp=dict(segm_mAP=0.5), quant=dict(segm_mAP=0.25)),
-    size_mb=dict(fp=40.0, packed=5.0),
-    seconds=dict(calibrate=1.5),
-    peak_memory_mb=100.0,
-    compat=['soft_weights'],
-    images=7,
-    model='demo',
-)
 
 
 @pytest.fixture
@@ -63,95 +42,21 @@ def runner(tmp_path) -> SimpleNamespace:
     loop = SimpleNamespace(
         options=SimpleNamespace(model='demo', quant='mse/w4a8', seed=3),
         recipe=SimpleNamespace(plain=lambda: RECIPE),
-        gallery=SimpleNamespace(pictures=pictures),
+        gallery=SimpleNamespace(show_dir=tmp_path, pictures=pictures),
         work_dir=work_dir,
         result=RESULT,
+        seconds={stage: 1.0 for stage in STAGES},
+        memory_mb={stage: 10.0 for stage in STAGES},
+        outcomes={},
+        metrics=dict(fp=None, quant=None),
     )
     return SimpleNamespace(test_loop=loop, logger=logging.getLogger('test_wandb_report'))
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    """The module, with none of the caller's settings; what a test leaves running is ended."""
-    module = pytest.importorskip('wandb')
-    for name in [name for name in os.environ if name.startswith('WANDB_')]:
-        monkeypatch.delenv(name)
-    yield module
-    module.teardown()
-
-
-def read_run(work_dir: Path) -> SimpleNamespace:
-    """Content of the one offline run in a work dir."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = work_dir.glob('wandb/offline-run-*/run-*.wandb')
-    run = SimpleNamespace(config={}, summary={}, history={}, rows=[], axes={}, start=None, exit_code=None)
-    run.folder = path.parent
-    for data in read_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(data)
-        match record.WhichOneof('record_type'):
-            case 'run':
-                run.start = record.run
-                run.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            case 'summary':
-                merge(run.summary, record.summary.update)
-            case 'history':
-                merge(run.history, record.history.item)
-                run.rows.append({})
-                merge(run.rows[-1], record.history.item)
-            case 'metric':
-                run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
-            case 'exit':
-                run.exit_code = record.exit.exit_code
-    return run
-
-
-def merge(values: dict, items) -> None:
-    """Put the items of a record into a dict, those of a picture or table into one of their own."""
-    for item in items:
-        *parents, key = item.nested_key or [item.key]
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[key] = json.loads(item.value_json)
-
-
-def read_records(data: bytes) -> list[bytes]:
-    """Records of a file in LevelDB's log format: 7 bytes of file header, blocks of 32 KiB, chunks with crc, length
-    and type (1 whole, 2 first, 3 middle, 4 last)."""
-    block, position, records, parts = 2**15, 7, [], []
-    while position < len(data):
-        if block - position % block < 7:
-            position += block - position % block
-            continue
-        _, length, kind = struct.unpack_from('<IHB', data, position)
-        parts.append(data[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):
-            records.append(b''.join(parts))
-            parts = []
-    assert not parts, 'the file ends within a record'
-    return records
-
-
-def children() -> list[str]:
-    """Command lines of this process's children that belong to wandb."""
-    found = []
-    for stat in Path('/proc').glob('[0-9]*/stat'):
-        try:
-            parent = int(stat.read_text().rpartition(')')[2].split()[1])
-            command = (stat.parent / 'cmdline').read_text()
-        except (OSError, IndexError):
-            continue
-        if parent == os.getpid() and 'wandb' in command:
-            found.append(command)
-    return found
 
 
 def test_a_run_is_reported(runner, wandb, capfd):
     environment = dict(os.environ)
     hook = build_part(SOLVER_HOOKS, 'WandbReport', project='test', group='sweep', tags=('a', 'b'))
-    hook.before_prepare(runner)
+    hook.before_load(runner)
     assert children(), 'this test no longer sees the processes of wandb'
     hook.after_report(runner)
     # a hook's run ends once
@@ -161,15 +66,16 @@ def test_a_run_is_reported(runner, wandb, capfd):
     assert (run.start.project, run.start.run_group, list(run.start.tags)) == ('test', 'sweep', ['a', 'b'])
     assert run.start.display_name == 'demo mse/w4a8'
     del run.config['_wandb']
-    assert run.config == dict(model='demo', quant='mse/w4a8', seed=3, **RECIPE)
+    assert run.config == dict(model='demo', quant='mse/w4a8', seed=3, series='demo mse', wxay='W4A8', **RECIPE)
     assert run.exit_code == 0
     for name, value in summary_of(RESULT).items():
         assert run.summary[name] == value
-    table = json.loads((run.folder / 'files' / run.history['quantizers']['path']).read_text())
-    assert table == dict(columns=SUMMARY.splitlines()[0].split(','), data=ROWS)
-    pictures = [run.history[name] for name in sorted(run.history) if name.startswith('pictures/')]
+    assert table(run, 'quantizers') == dict(columns=SUMMARY.splitlines()[0].split(','), data=ROWS)
+    pictures = [run.history[f'pictures/{index:03d}'] for index in range(MAX_PICTURES)]
     assert [picture['width'] for picture in pictures] == list(range(8, 8 + MAX_PICTURES))
-    for picture in (*pictures, run.history['sqnr']):
+    ranked = points(run, RANK, 'pictures/ranked')
+    assert [ranked[rank + 1]['width'] for rank in range(MAX_PICTURES)] == list(range(8, 8 + MAX_PICTURES))
+    for picture in (*pictures, *ranked.values(), run.history['plots/sqnr']):
         assert (run.folder / 'files' / picture['path']).is_file()
 
     out, err = capfd.readouterr()
@@ -189,17 +95,16 @@ def test_reconstruction_is_reported_as_soon_as_it_is_done(runner, wandb):
     write_outcomes(loop.work_dir / 'reconstruction.csv', loop.outcomes)
     plot_outcomes(loop.work_dir / 'reconstruction.png', loop.outcomes)
     hook = WandbReport()
-    hook.before_prepare(runner)
+    hook.before_load(runner)
     hook.after_reconstruct(runner)
     hook.after_failure(runner)
     run = read_run(loop.work_dir)
-    table = json.loads((run.folder / 'files' / run.history['units']['path']).read_text())
-    assert table['columns'] == list(OUTCOME_COLUMNS)
-    assert table['data'] == [['encoder.0', 4, 1, 0.25, 0.25, 0], ['encoder.1', 2, 3, 1.5, 0.5, 1]]
-    assert (run.folder / 'files' / run.history['reconstruction']['path']).is_file()
+    assert table(run, 'units')['columns'] == list(OUTCOME_COLUMNS)
+    assert table(run, 'units')['data'] == [['encoder.0', 4, 1, 0.25, 0.25, 0], ['encoder.1', 2, 3, 1.5, 0.5, 1]]
+    assert (run.folder / 'files' / run.history['plots/reconstruction']['path']).is_file()
     curves = [row for row in run.rows if ITERATION in row]
     assert [row[ITERATION] for row in curves] == list(range(1, 11))
-    assert curves[0]['unit_loss/encoder.0'] == 1.0 and curves[-1]['unit_loss/encoder.1'] == 1.5
+    assert curves[0]['unit_loss/encoder/0'] == 1.0 and curves[-1]['unit_loss/encoder/1'] == 1.5
     assert run.axes['unit_loss/*'] == ITERATION
 
 
@@ -211,44 +116,77 @@ def test_parts_that_learned_for_different_times(runner, wandb):
     }
     write_outcomes(loop.work_dir / 'reconstruction.csv', loop.outcomes)
     hook = WandbReport()
-    hook.before_prepare(runner)
+    hook.before_load(runner)
     hook.after_reconstruct(runner)
     hook.after_failure(runner)
-    curves = [row for row in read_run(loop.work_dir).rows if ITERATION in row]
-    for unit, length in {'encoder.0': 3, 'decoder.0': 2}.items():
-        points = {row[ITERATION]: row[name] for row in curves if (name := f'unit_loss/{unit}') in row}
-        assert points == {iteration + 1: iteration for iteration in range(length)}
+    run = read_run(loop.work_dir)
+    for unit, length in {'encoder/0': 3, 'decoder/0': 2}.items():
+        assert points(run, ITERATION, f'unit_loss/{unit}') == {index + 1: index for index in range(length)}
 
 
-@given(st.dictionaries(st.sampled_from('abc'), st.integers(1, 300)))
-def test_every_curve_keeps_its_own_iterations(lengths):
-    """One ascending axis for all; each curve has its points there and no others, whatever else is logged."""
-    curves = {name: np.arange(length) / length for name, length in lengths.items()}
-    points = list(curve_points(curves))
-    axis = [point[ITERATION] for point in points]
-    assert axis == sorted(set(axis))
-    for name, curve in curves.items():
-        assert [point[ITERATION] for point in points if name in point] == point_ends(len(curve))
-        assert [point[name] for point in points if name in point] == shortened(curve).tolist()
+@pytest.mark.parametrize('stage', [*STAGES, 'failure'])
+def test_nothing_is_reported_without_a_run(stage, runner):
+    getattr(WandbReport(), 'after_failure' if stage == 'failure' else f'after_{stage}')(runner)
 
 
-def test_reconstruction_without_a_run(runner):
-    WandbReport().after_reconstruct(runner)
-
-
-def test_long_curves_are_shortened():
-    points = list(curve_points({'a': np.arange(20000.0), 'b': np.ones(20000)}))
-    assert 20 < len(points) < 200
-    assert points[-1][ITERATION] == 20000
-    assert all(point['b'] == 1 for point in points)
-    assert not list(curve_points({}))
-
-
-def test_a_failed_run_is_marked(runner, wandb):
+@pytest.mark.parametrize(
+    'error, text',
+    [
+        (AssetError('x.pth: no such\n file'), 'x.pth: no such file'),
+        (RuntimeError('boom'), 'RuntimeError: boom'),
+        (KeyboardInterrupt(), 'KeyboardInterrupt'),
+    ],
+)
+def test_a_failed_run_says_why(error, text, runner, wandb):
     hook = WandbReport()
-    hook.before_prepare(runner)
-    hook.after_failure(runner)
-    assert read_run(runner.test_loop.work_dir).exit_code == 1
+    hook.before_load(runner)
+    try:
+        raise error
+    except BaseException:
+        hook.after_failure(runner)
+    run = read_run(runner.test_loop.work_dir)
+    assert (run.exit_code, run.summary['error']) == (1, text)
+    assert not children()
+
+
+@pytest.mark.parametrize('last', ['after_report', 'after_failure'])
+def test_a_run_outlives_wandb(last, runner, wandb, caplog):
+    """Its process may be the one that the system kills when memory is short."""
+    hook = WandbReport()
+    hook.before_load(runner)
+    for process in children():
+        os.kill(process, signal.SIGKILL)
+    hook.after_calibrate(runner)
+    getattr(hook, last)(runner)
+    lines = [record.message for record in caplog.records if record.name == runner.logger.name]
+    assert len(lines) == 1 and 'wandb is lost, the run goes on without it' in lines[0]
+    assert 'WANDB_DATA_DIR' not in os.environ
+
+
+def test_a_run_replaces_one_with_its_id(runner, wandb):
+    """wandb cannot resume offline, and uploads what has one id on top of each other."""
+    work_dir = runner.test_loop.work_dir
+    for name, run_id in (('first', 'cell-1'), ('another', '1'), ('second', 'cell-1')):
+        hook = WandbReport(name=name, id=run_id)
+        hook.before_load(runner)
+        hook.after_report(runner)
+    runs = work_dir.glob('wandb/offline-run-*/run-*.wandb')
+    assert sorted(path.name for path in runs) == ['run-1.wandb', 'run-cell-1.wandb']
+    assert work_dir.joinpath('wandb/latest-run/run-cell-1.wandb').is_file()
+
+
+@pytest.mark.parametrize(
+    'labels, line',
+    [
+        (dict(id='a/b'), 'Run ID cannot contain the characters'),
+        (dict(project='a:b'), "Invalid project name 'a:b'"),
+        (dict(tags='x' * 65), 'Tags must be between 1 and 64 characters'),
+    ],
+)
+def test_labels_that_wandb_refuses(labels, line, runner, wandb):
+    with pytest.raises(ConfigError, match=line) as caught:
+        WandbReport(**labels).before_load(runner)
+    assert '\n' not in str(caught.value)
     assert not children()
 
 
@@ -262,18 +200,18 @@ def test_nothing_to_draw(runner, wandb):
     runner.test_loop.gallery = None
     (runner.test_loop.work_dir / 'sqnr.png').unlink()
     hook = WandbReport(name='mine')
-    hook.before_prepare(runner)
+    hook.before_load(runner)
     hook.after_report(runner)
     run = read_run(runner.test_loop.work_dir)
     assert run.start.display_name == 'mine'
-    assert {name for name in run.history if not name.startswith('_')} == {'quantizers'}
+    assert not [name for name in run.history if name.startswith(('plots/', 'pictures/'))]
 
 
 def test_the_callers_own_run_stays_open(runner, wandb, tmp_path):
     settings = wandb.Settings(silent=True, console='off')
     with wandb.init(mode='offline', dir=str(tmp_path), settings=settings) as own:
         hook = WandbReport()
-        hook.before_prepare(runner)
+        hook.before_load(runner)
         assert hook.run.id != own.id
         hook.after_report(runner)
         assert wandb.run is own
@@ -286,7 +224,7 @@ def test_the_callers_own_run_stays_open(runner, wandb, tmp_path):
 def test_other_ranks_report_nothing(runner, monkeypatch):
     monkeypatch.setattr('ptqsam.report.wandb_report.is_main_process', lambda: False)
     hook = WandbReport()
-    hook.before_prepare(runner)
+    hook.before_load(runner)
     hook.after_report(runner)
     hook.after_failure(runner)
     assert not (runner.test_loop.work_dir / 'wandb').exists()
@@ -298,23 +236,39 @@ def test_mode_is_offline_unless_asked(runner, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'disabled')
     assert WandbReport().mode == 'disabled'
     assert WandbReport(mode='online').mode == 'online'
+    monkeypatch.setenv('WANDB_SWEEP_ID', 'abc')
+    assert WandbReport().mode == 'disabled'
+    monkeypatch.delenv('WANDB_MODE')
+    assert WandbReport().mode == 'online', 'an agent has to report to the server'
     with pytest.raises(ConfigError, match=r"mode .*'onlin'; use one of online, offline, disabled"):
-        WandbReport(mode='onlin').before_prepare(runner)
+        WandbReport(mode='onlin').before_load(runner)
 
 
 def test_disabled_leaves_no_run(runner, wandb):
     hook = WandbReport(mode='disabled')
-    hook.before_prepare(runner)
+    hook.before_load(runner)
     hook.after_report(runner)
     assert not list(runner.test_loop.work_dir.glob('wandb/*run*'))
+
+
+class Terminal(io.StringIO):
+    """Somebody who could be asked for a login, and does not answer."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, *_) -> str:
+        raise AssertionError('wandb asks and waits')
 
 
 def test_online_without_a_login(runner, wandb, monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))
-    monkeypatch.setattr('sys.stdin', io.StringIO())
+    monkeypatch.setenv('TERM', 'xterm')
+    monkeypatch.setattr('sys.stdin', Terminal())
+    monkeypatch.setattr('sys.stderr.isatty', lambda: True, raising=False)
     with pytest.raises(ConfigError, match="does not start in mode 'online'"):
-        WandbReport(mode='online').before_prepare(runner)
+        WandbReport(mode='online').before_load(runner)
     assert not children()
     assert 'WANDB_DATA_DIR' not in os.environ
 
@@ -322,7 +276,7 @@ def test_online_without_a_login(runner, wandb, monkeypatch, tmp_path):
 def test_wandb_not_installed(runner, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     with pytest.raises(ConfigError, match=r"pip install 'ptqsam\[wandb\]'"):
-        WandbReport().before_prepare(runner)
+        WandbReport().before_load(runner)
 
 
 def test_reports_do_not_need_wandb():
@@ -334,27 +288,3 @@ def test_reports_do_not_need_wandb():
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'WANDB_MODE': 'offline'}
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, 'offline\n'), done.stderr
-
-
-def test_summary_names():
-    assert summary_of(RESULT) == {
-        'fp/segm_mAP': 0.5,
-        'quant/segm_mAP': 0.25,
-        'drop/segm_mAP': 0.25,
-        'size_mb/fp': 40.0,
-        'size_mb/packed': 5.0,
-        'seconds/calibrate': 1.5,
-        'peak_memory_mb': 100.0,
-        'compat': ['soft_weights'],
-        'images': 7,
-    }
-    only_quant = summary_of(RESULT | dict(metrics=dict(fp=None, quant=dict(segm_mAP=0.25))))
-    assert 'drop/segm_mAP' not in only_quant
-    assert 'fp/segm_mAP' not in only_quant
-
-
-def test_table_has_numbers(tmp_path):
-    (tmp_path / 'summary.csv').write_text(SUMMARY)
-    columns, rows = read_table(tmp_path / 'summary.csv')
-    assert columns == SUMMARY.splitlines()[0].split(',')
-    assert rows == ROWS
