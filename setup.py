@@ -29,14 +29,17 @@ REQUIRES = [
     'pycocotools>=2.0.8',
     'pydantic>=2.7,<3',
     'pyyaml>=6.0.1',
+    'jinja2>=3.1',
     'scikit-image>=0.24',
     'scikit-learn>=1.5',
     'scipy>=1.13',
     'threadpoolctl>=3.2',
     'tqdm>=4.66',
 ]
-WANDB = ['wandb>=0.19.10']
-DEV = ['hypothesis>=6.100', 'mypy>=1.10', 'pytest>=8.2', 'ruff>=0.9', 'types-PyYAML', *WANDB]
+# wandb-workspaces: the definition of a dashboard comes from a method that is not public
+WANDB = ['wandb>=0.28.2', 'wandb-workspaces>=0.4.13,<0.5']
+RAY = ['ray>=2.40,<3']
+DEV = ['hypothesis>=6.100', 'mypy>=1.10', 'pytest>=8.2', 'ruff>=0.9', 'types-PyYAML', *WANDB, *RAY]
 
 
 def read_version() -> str:
@@ -58,9 +61,10 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.11',
     packages=find_namespace_packages(include=['ptqsam', 'ptqsam.*', 'projects', 'projects.*']),
+    package_data={'ptqsam.report.page': ['page.*', '*.html']},
     install_requires=REQUIRES,
-    extras_require={'wandb': WANDB, 'dev': DEV},
-    entry_points={'console_scripts': ['ptqsam-test = ptqsam.cli:main']},
+    extras_require={'wandb': WANDB, 'ray': RAY, 'dev': DEV},
+    entry_points={'console_scripts': ['ptqsam-test = ptqsam.cli:main', 'ptqsam-sweep = ptqsam.sweep.cli:main']},
     classifiers=[
         'Programming Language :: Python :: 3',
         'Programming Language :: Python :: 3.11',

@@ -25,7 +25,9 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_description(declared: dict[str, Any]) -> None:
     assert declared['version'] == ptqsam.__version__
-    assert declared['entry_points'] == {'console_scripts': ['ptqsam-test = ptqsam.cli:main']}
+    assert declared['entry_points'] == {
+        'console_scripts': ['ptqsam-test = ptqsam.cli:main', 'ptqsam-sweep = ptqsam.sweep.cli:main']
+    }
     packages = set(declared['packages'])
     assert {'ptqsam', 'ptqsam.quantizers', 'projects.instance_segment_anything', 'projects.detr_common'} <= packages
     # configs of detectors are found beside the code

@@ -203,7 +203,7 @@ def _cell(point: Point, files: tuple[str, str], varied: Sequence[str], spec: Swe
     for option, value in (('--limit', spec.run.limit), ('--seed', seed)):
         words += [] if value is None else [option, str(value)]
     for option, values in (('--quant-options', quant), ('--cfg-options', cfg)):
-        words += [option, *(f'{key}={_written(value)}' for key, value in values.items())] if values else []
+        words += [option, *(f'{key}={written(value)}' for key, value in values.items())] if values else []
     checked, config = _checked(model, recipe, words, (quant, cfg), where)
     bits = checked.bits.resolved()
     further = {axis: point[axis] for axis in varied if axis in point}
@@ -314,7 +314,7 @@ def _movable(value: Any) -> Any:
     return text
 
 
-def _written(value: Value) -> str:
+def written(value: Value) -> str:
     """A value as `--quant-options key=value` takes it."""
     if isinstance(value, list):
         return f'[{",".join(map(str, value))}]'
@@ -325,7 +325,7 @@ def _shown(further: Point) -> Iterator[str]:
     """Values of axes as parts of a name, fit for files."""
     for axis, value in further.items():
         short = axis.removeprefix(PIPELINE_OPTION).split('.')[-1]
-        text = f'{short}{value}' if axis == 'seed' else f'{short}={_written(value)}'
+        text = f'{short}{value}' if axis == 'seed' else f'{short}={written(value)}'
         yield re.sub(r'[^A-Za-z0-9_.,=+-]', '-', text)
 
 

@@ -8,16 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine.config import DictAction
 
 from ptqsam.cli import check_writable, exit_code_of, expand_folders
 from ptqsam.errors import ConfigError
 from ptqsam.fileio import write_text
-from ptqsam.sweep.cells import Cell, expand
+from ptqsam.report.grid import build_grid
+from ptqsam.report.grid_text import markdown
+from ptqsam.report.wandb_report import import_wandb
+from ptqsam.report.wandb_sweep import run_options, sweep_definition, sync_command
+from ptqsam.sweep.cells import Cell, expand, written
 from ptqsam.sweep.driver import Engine, Summary, make_job, plan, run_sweep
 from ptqsam.sweep.listing import list_cells
 from ptqsam.sweep.local_engine import run_local, visible_gpus
 from ptqsam.sweep.ray_engine import run_ray
+from ptqsam.sweep.records import read_records
 from ptqsam.sweep.run_cell import run_cell
 from ptqsam.sweep.spec import Resources, SweepSpec, load_sweep
 
@@ -99,15 +105,23 @@ def run(args: argparse.Namespace) -> int:
         print(list_cells(folder, chosen, jobs))
         return 0
     check_writable(folder, '--work-dir')
+    project = args.wandb or spec.wandb
+    if args.engine == 'wandb':
+        return write_wandb_sweep(args, chosen, folder, project)
+    if project:
+        import_wandb()  # or every cell would find out by itself
     rows = {row.key: row for row in plan(folder, cells)}
     write_text(folder / 'sweep.yaml', Path(args.sweep).read_text(encoding='utf-8'))
-    todo = [make_job(cell, folder, spec.resources) for cell in chosen]
+    todo = [make_job(cell, folder, spec.resources, further_words(cell, folder, project)) for cell in chosen]
     if args.cell:
         outcome = run_cell(todo[0], {})
         print(outcome.error or outcome.status, file=sys.stderr)
         return {'done': 0, 'interrupted': INTERRUPTED}.get(outcome.status, FAILED)
     engine = choose_engine(args, spec, jobs)
     summary = run_sweep(todo, [rows[job.key] for job in todo], engine, args.retry_failed)
+    print(markdown(build_grid(read_records(folder), [])))
+    if command := sync_command(folder):
+        print(f'wandb: to upload the runs, `{command}`')
     return tell(summary, folder)
 
 
@@ -153,6 +167,32 @@ def choose_engine(args: argparse.Namespace, spec: SweepSpec, jobs: int) -> Engin
     if args.engine == 'ray':
         return lambda todo, stop: run_ray(todo, spec.resources, gpus, args.ray_address, args.jobs, stop)
     return lambda todo, stop: run_local(todo, jobs, gpus, stop)
+
+
+def further_words(cell: Cell, folder: Path, project: str | None) -> list[str]:
+    """Words of a cell's command that do not change its result."""
+    reported = ['--wandb', project, *run_options(folder.name, cell.name, cell.key)] if project else []
+    return ['--share-work', *reported]
+
+
+def write_wandb_sweep(args: argparse.Namespace, cells: Sequence[Cell], folder: Path, project: str | None) -> int:
+    """Write the cells as a sweep of W&B, whose agents call this tool with `--cell`.
+
+    Raises:
+        ConfigError: no project is named.
+    """
+    if not project:
+        raise ConfigError('--engine wandb: no project; give --wandb PROJECT, or name one in the sweep')
+    words = ['tools/sweep.py', args.sweep, '--work-dir', str(folder), '--wandb', project]
+    for option in ('axes', 'quant_options', 'cfg_options'):
+        if values := getattr(args, option):
+            words += [f'--{option.replace("_", "-")}', *(f'{key}={written(value)}' for key, value in values.items())]
+    words += ['--limit', str(args.limit)] if args.limit else []
+    path = folder / 'wandb-sweep.yaml'
+    definition = sweep_definition([cell.name for cell in cells], words, project, folder.name)
+    write_text(path, yaml.safe_dump(definition, sort_keys=False))
+    print(f'{path}: {len(cells)} cells; `wandb sweep {path}` registers it and says how agents are started')
+    return 0
 
 
 def tell(summary: Summary, folder: Path) -> int:

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from ptqsam.sweep.cli import parse_args
 from ptqsam.sweep.ledger import Ledger
 from ptqsam.sweep.records import read_records
 from tests.test_sweep.helpers import (
@@ -96,6 +98,22 @@ def test_dry_run_lists_and_writes_nothing(again, tmp_path):
 def test_bad_usage(again, words, message):
     done = run_sweep_tool(again / 'grid.yaml', '--work-dir', again / 'sweep', *words, cwd=again)
     assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_sweep_of_wandb_calls_back_for_each_cell(again):
+    """What an agent would run, run here: it finds the cell done."""
+    words = ('--work-dir', again / 'sweep', '--engine', 'wandb', '--wandb', 'project', '--only', '*w4a4*')
+    written = run_sweep_tool(again / 'grid.yaml', *words, '--quant-options', 'calibration.max_boxes=4', cwd=again)
+    assert written.returncode == 0, written.stderr
+    definition = yaml.safe_load((again / 'sweep' / 'wandb-sweep.yaml').read_text())
+    assert (definition['project'], definition['method']) == ('project', 'grid')
+    [name] = definition['parameters']['cell']['values']
+    own = [word for word in definition['command'] if '$' not in word]
+    parsed = parse_args([*own, '--cell', name])
+    assert (parsed.cell, parsed.wandb, parsed.quant_options) == (name, 'project', {'calibration.max_boxes': 4})
+    own[own.index('project')] = 'other'
+    done = run_sweep_tool(*own[:-2], '--cell', name, cwd=again)
+    assert done.returncode == 0 and done.stderr.endswith('done\n'), done.stderr
 
 
 def test_interrupted_driver_stops_its_cells_and_goes_on_later(tiny, tmp_path):
