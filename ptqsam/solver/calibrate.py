@@ -1,6 +1,6 @@
 """Stage `calibrate`: draw images, let the observers see them, turn statistics into quantization parameters."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,8 @@ from ptqsam.errors import ConfigError, GateError
 from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.progress import progress, progress_bar
 from ptqsam.quantizers import Quantizer
+
+ObserveOnce = Callable[[list[Quantizer], Callable[[], None]], None]
 
 
 def draw_images(
@@ -118,7 +120,9 @@ def own_batches(batches: Collection[Any], max_boxes: int, seed: int, what: str) 
 
 
 @torch.no_grad()
-def calibrate_activations(model: Any, target: nn.Module, batches: Collection[Any], max_boxes: int, seed: int) -> None:
+def calibrate_activations(
+    model: Any, target: nn.Module, batches: Collection[Any], max_boxes: int, seed: int, once: ObserveOnce | None = None
+) -> None:
     """Observe activations of the float model and set the parameters of all activation quantizers.
 
     Locked quantizers keep theirs and quantize what the others observe. Of several processes, each runs its share of the
@@ -130,6 +134,8 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Collection[Any
         batches: data batches of one image each, prompt boxes attached.
         max_boxes: prompt boxes per image.
         seed: seed of the choice of boxes.
+        once: given the quantizers and what makes the pass over the images, lets them observe, by that pass or by taking
+            what an earlier one has collected. Default None: the pass is made.
 
     Raises:
         GateError: a quantizer saw NaN or infinity (named with the image), or no data at all.
@@ -141,16 +147,21 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Collection[Any
         else:
             quantizer.reset()
             quantizer.mode = 'observe'
-    for number, batch in own_batches(batches, max_boxes, seed, 'calibrate'):
+
+    def observe() -> None:
+        for number, batch in own_batches(batches, max_boxes, seed, 'calibrate'):
+            for quantizer in quantizers:
+                quantizer.observer.turn = number
+            try:
+                model.test_step(batch)
+            finally:
+                # also when the model itself refuses its output: this names the quantizer, too
+                _check_finite(quantizers, batch['data_samples'][0])
         for quantizer in quantizers:
-            quantizer.observer.turn = number
-        try:
-            model.test_step(batch)
-        finally:
-            # also when the model itself refuses its output: this names the quantizer, too
-            _check_finite(quantizers, batch['data_samples'][0])
+            quantizer.observer.synchronize()
+
+    observe() if once is None else once(quantizers, observe)
     for quantizer in progress(quantizers, 'search ranges', 'quantizer'):
-        quantizer.observer.synchronize()
         quantizer.mode = 'quantize'
         quantizer.observer.reset()  # frees its samples
 
