@@ -5,7 +5,6 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ from ptqsam.progress import progress
 from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import Gallery, plot_outcomes, plot_quantization_errors, write_outcomes, write_summary
-from ptqsam.shared_work import SharedWork, numerics
-from ptqsam.solver.calibrate import ObserveOnce, calibrate_activations, calibrate_weights, check_calibration
+from ptqsam.shared_work import SharedWork
+from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, check_calibration
 from ptqsam.solver.compat import apply_compat, report_gate
 from ptqsam.solver.datasets import build_calib_loader, build_dataset, data_identity, image_names
 from ptqsam.solver.float_metrics import own_metrics, shared_metrics
@@ -45,7 +44,7 @@ from ptqsam.solver.reconstruct import ReconstructionStage, check_reconstruction
 from ptqsam.solver.resume import check_same, find_packed
 from ptqsam.solver.rules import RuleBook
 from ptqsam.solver.share import share_model
-from ptqsam.solver.shared_statistics import observe_once
+from ptqsam.solver.shared_calibration import SharedCalibration
 
 # images on which the error of the activation quantizers is measured
 ERROR_IMAGES = 2
@@ -265,35 +264,32 @@ class PTQLoop(TestLoop):
         reconstructed = self.recipe.reconstruction is not None
         resumed = reconstructed and self.options.resume and decided_by_main(lambda: stage.load_calibrated(self.target))
         if not resumed:
+            images, shared = (
+                (self.calib_loader, calibration.max_boxes, calibration.seed),
+                self.shared_calibration(origin),
+            )
             with self.embeddings_of_others():
-                calibrate_activations(
-                    self.model,
-                    self.target,
-                    self.calib_loader,
-                    calibration.max_boxes,
-                    calibration.seed,
-                    self.observe_once,
-                )
-            calibrate_weights(self.target)
+                calibrate_activations(self.model, self.target, *images, shared)
+            calibrate_weights(self.target, shared)
             if reconstructed and is_main_process():
                 stage.clear()
                 stage.save_calibrated(self.target)
         share_model(self.target)
 
-    @property
-    def observe_once(self) -> ObserveOnce | None:
-        """What lets quantizers have the statistics of other runs, for `calibrate_activations`."""
+    def shared_calibration(self, origin: dict[str, Any]) -> SharedCalibration | None:
+        """What other runs have found that calibrate on the same images.
+
+        Args:
+            origin: what the result depends on.
+        """
         if self.shared is None:
             return None
-        calibration = self.recipe.calibration
-        conditions = {name: value for name, value in self.origin().items() if name != 'recipe'} | dict(
-            max_boxes=calibration.max_boxes,
-            seed=calibration.seed,
-            compat=self.recipe.compat.active,
+        conditions = {name: value for name, value in origin.items() if name != 'recipe'} | dict(
+            max_boxes=self.recipe.calibration.max_boxes,
+            seed=self.recipe.calibration.seed,
             processes=get_world_size(),  # sums are added in another order
-            **numerics(),
         )
-        return partial(observe_once, self.shared, self.target, conditions)
+        return SharedCalibration(self.shared, self.target, conditions)
 
     def reconstruct(self, origin: dict[str, Any]) -> None:
         """Learn the rounding of weights and the scales of activations, unit by unit.

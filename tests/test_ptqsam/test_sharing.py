@@ -7,21 +7,24 @@ import pytest
 from ptqsam.cli import main
 from tests.processes import finish_processes, start_processes
 
-SEARCHED = 'calibration: {observer: {weight: {type: MSE}, act: {type: MSE}}}\n'
+# keeps samples, but is searched quickly
+SAMPLED = 'calibration: {observer: {act: {type: Percentile}}}\n'
 # name -> recipe on top of the tiny one, and what a second run of it takes
 RECIPES = {
-    'statistics': (SEARCHED, ['fp', 'statistics', 'weights']),
     'bimodal': (
-        SEARCHED + "hooks: [{type: BimodalIntegration}]\nrules: [{match: 'role:*.softmax', quantizer: {type: AGQ}}]\n",
-        ['fp', 'statistics', 'weights'],
+        SAMPLED + "hooks: [{type: BimodalIntegration}]\nrules: [{match: 'role:*.softmax', quantizer: {type: AGQ}}]\n",
+        ['fp', 'statistics', 'ranges', 'weights'],
     ),
     'reconstructed': (
         "rules: [{match: '*', quantizer: {type: LSQ}}, {match: '*.weight', quantizer: {type: Uniform}},\n"
         '        {match: role:mlp.lin1.input, quantizer: {type: CAG}}]\n'
         'reconstruction: {iters: 2, max_boxes: 2, tokens_per_step: 64}\n',
-        ['fp', 'statistics', 'weights'],
+        ['fp', 'statistics', 'ranges', 'weights'],
     ),
-    'decoder': ("rules: [{match: 'image_encoder.*', enabled: false}]\n", ['fp', 'embeddings', 'statistics', 'weights']),
+    'decoder': (
+        "rules: [{match: 'image_encoder.*', enabled: false}]\n",
+        ['fp', 'statistics', 'ranges', 'weights', 'embeddings'],
+    ),
 }
 # of a result, what may differ between equal runs
 OWN = ('seconds', 'work_dir', 'peak_memory_mb', 'shared')
@@ -67,44 +70,16 @@ def test_shared_runs_are_equal_bit_for_bit(name, run, tmp_path):
 
 
 def test_other_bits_take_what_does_not_depend_on_them(run, tmp_path):
-    recipe, options = RECIPES['statistics'][0], ['--eval-fp', '--show-dir']
-    own = run('own', recipe + 'bits: {weight: 6, act: 6}\n', *options, str(tmp_path / 'own/masks'))
-    run('other', recipe, *options, str(tmp_path / 'other/masks'), '--share-work')
-    taken = run(
-        'taken', recipe + 'bits: {weight: 6, act: 6}\n', *options, str(tmp_path / 'taken/masks'), '--share-work'
-    )
-    assert_same(taken, own, tmp_path)
-    assert taken['shared'] == ['fp', 'statistics'] and len(list((tmp_path / 'taken/masks').iterdir())) == 2
-    # softmax outputs are searched for their bits
-    recipe, pictures = RECIPES['bimodal'][0], ['--show-dir', str(tmp_path / 'masks')]
-    assert run('agq', recipe, '--share-work', *pictures)['shared'] == ['fp', 'weights']
-    assert run('agq', recipe + 'bits: {weight: 4, act: 6}\n', '--share-work')['shared'] == ['weights']
-
-
-def test_pictures_need_masks_that_a_run_without_does_not_keep(run, tmp_path):
-    recipe, pictures = RECIPES['statistics'][0], ['--show-dir', str(tmp_path / 'masks')]
-    results = [
-        run(str(index), recipe, '--share-work', *more) for index, more in enumerate((['--eval-fp'], pictures, pictures))
-    ]
-    assert ['fp' in result['shared'] for result in results] == [False, False, True]
-
-
-def test_other_conditions_take_nothing(run):
-    recipe = RECIPES['statistics'][0]
-    run('first', recipe, '--eval-fp', '--share-work')
-    assert run('seed', recipe, '--share-work', '--seed', '1')['shared'] == ['weights'], 'other calibration images'
-    boxes = run(
-        'boxes',
-        recipe + 'max: 1\n'.replace('max: 1\n', ''),
-        '--share-work',
-        '--quant-options',
-        'calibration.max_boxes=3',
-    )
-    assert boxes['shared'] == ['weights']
-    less = run('less', recipe, '--eval-fp', '--share-work', '--limit', '1')
-    assert less['shared'] == ['statistics', 'weights'], 'fewer evaluated images'
-    prompts = ['--cfg-options', 'model.detector.jitter=0.1']
-    assert run('prompts', recipe, '--eval-fp', '--share-work', *prompts)['shared'] == ['embeddings', 'weights']
+    bits, masks = 'bits: {weight: 6, act: 6}\n', 'masks'
+    own = run('own', SAMPLED + bits, '--show-dir', str(tmp_path / 'own' / masks))
+    run('four', SAMPLED, '--share-work', '--show-dir', str(tmp_path / 'four' / masks))
+    six = run('six', SAMPLED + bits, '--share-work', '--show-dir', str(tmp_path / 'six' / masks))
+    assert_same(six, own, tmp_path)
+    assert six['shared'] == ['fp', 'statistics'] and len(list((tmp_path / 'six' / masks).iterdir())) == 2
+    assert run('seed', SAMPLED, '--share-work', '--seed', '1')['shared'] == ['weights'], 'other images calibrate'
+    prompts = ['--limit', '1', '--cfg-options', 'model.detector.jitter=0.1']
+    other = run('prompts', SAMPLED, '--eval-fp', '--share-work', *prompts)
+    assert other['shared'] == ['embeddings', 'weights'], 'the same images with other boxes'
 
 
 def test_several_processes_share_all_but_embeddings(run, tiny, tmp_path):

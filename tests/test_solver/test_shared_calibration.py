@@ -4,12 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from ptqsam.modules.base import PassThrough
+from ptqsam.modules.ops import QuantLinear
 from ptqsam.observers import AvgMinMax, MinMax
 from ptqsam.observers.channels import ChannelStatistics
-from ptqsam.quantizers import AGQ, CAG, HLUQ, LNQ, LSQ, Quantizer, Uniform
+from ptqsam.observers.statistics_file import load_statistics, save_statistics
+from ptqsam.quantizers import AGQ, CAG, HLUQ, LNQ, LSQ, Uniform
 from ptqsam.registry import OBSERVERS
 from ptqsam.shared_work import SharedWork
-from ptqsam.solver.shared_statistics import collected_by, load_statistics, observe_once, save_statistics, state_of
+from ptqsam.solver.calibrate import calibrate_weights
+from ptqsam.solver.facts import Unknown, model_facts, range_facts, statistics_facts
+from ptqsam.solver.shared_calibration import SharedCalibration
 
 OBSERVERS.import_from_location()
 OURS = ['AvgMSE', 'AvgMSEFast', 'AvgMinMax', 'MSE', 'MSEFast', 'MinMax', 'Percentile']
@@ -76,12 +81,18 @@ class Halved(MinMax):
         return super().collect(x / self.bits)
 
 
-def test_what_statistics_depend_on():
-    def facts(kind=Uniform, **settings):
-        return collected_by(kind(**dict(bits=4, observer=dict(type='MSE')) | settings))
+def facts(kind=Uniform, of=statistics_facts, **settings):
+    return of(kind(**dict(bits=4, observer=dict(type='MSE')) | settings))
 
+
+def all_differ(values):
+    return all(a != b for index, a in enumerate(values) for b in values[:index])
+
+
+def test_what_statistics_depend_on():
     same = [facts(), facts(bits=8), facts(LSQ), facts(observer=dict(type='Percentile')), facts(symmetric=True)]
-    assert all(one == same[0] for one in same) and same[0] is not None
+    assert all(one == same[0] for one in same)
+    assert facts(CAG) == facts(CAG, bits=8, groups=8)
     others = [
         facts(observer=dict(type='MinMax')),
         facts(observer=dict(type='AvgMinMax')),
@@ -94,15 +105,25 @@ def test_what_statistics_depend_on():
         facts(LNQ, alphas=[1.0]),
         facts(HLUQ, observer=dict(type='MinMax')),
     ]
-    everything = [same[0], *others]
-    assert None not in everything
-    assert all(a != b for index, a in enumerate(everything) for b in everything[:index])
-    assert facts(CAG) == facts(CAG, bits=8, groups=8)
+    assert all_differ([same[0], *others])
+
+
+def test_what_nobody_declares_is_unknown():
     own = Uniform(4)
-    own.observer = Halved(4)
-    assert collected_by(own) is None
-    own.observer = ChannelStatistics(Halved(4, ch_axis=-1))
-    assert collected_by(own) is None
+    for own.observer in (Halved(4), ChannelStatistics(Halved(4, ch_axis=-1))):
+        with pytest.raises(Unknown):
+            statistics_facts(own)
+
+
+def test_what_ranges_depend_on():
+    assert facts(of=range_facts) == facts(LSQ, of=range_facts)
+    others = [dict(bits=6), dict(symmetric=True), dict(ch_axis=0)]
+    others += [dict(observer=part) for part in (dict(type='MSEFast'), dict(type='MSE', seed=1))]
+    percentiles = [dict(observer=dict(type='Percentile', percentile=p)) for p in (0.99, 0.999)]
+    assert all_differ([facts(of=range_facts), *(facts(of=range_facts, **part) for part in others + percentiles)])
+    for kind in (AGQ, CAG, HLUQ, LNQ):
+        with pytest.raises(Unknown):
+            facts(kind, of=range_facts)
 
 
 class Net(nn.Module):
@@ -120,22 +141,24 @@ class Net(nn.Module):
 
 
 def calibrated(folder, net, conditions=None, locked=None):
-    """Calibrate with shared work; whether it was taken, and the parameters."""
-    shared, passes = SharedWork(folder), []
+    """Calibrate with shared work: what was taken, and the parameters."""
+    work, passes = SharedWork(folder), []
     if locked is not None:
         net.second.lock(torch.tensor(-locked), torch.tensor(locked))
-    observing: list[Quantizer] = [q for q in (net.first, net.second) if not q.locked]
+    observing = [quantizer for quantizer in (net.first, net.second) if not quantizer.locked]
 
     def observe():
         passes.append(1)
         for x in tensors():
             net(x)
 
-    observe_once(shared, net, conditions or dict(images='a'), observing, observe)
-    assert len(passes) == (not shared.taken)
+    shared = SharedCalibration(work, net, conditions or dict(images='a'))
+    shared.observe_once(observing, observe)
+    assert len(passes) == ('statistics' not in work.taken)
     for quantizer in observing:
+        shared.calibrate_once(quantizer)
         quantizer.mode = 'quantize'
-    return bool(shared.taken), {name: value.clone() for name, value in net.state_dict().items()}
+    return work.taken, {name: value.clone() for name, value in net.state_dict().items()}
 
 
 def changed(net):
@@ -146,31 +169,55 @@ def changed(net):
 
 def test_what_is_taken_and_what_is_not(tmp_path):
     own = [calibrated(tmp_path / str(bits), Net(bits=bits)) for bits in (4, 6)]
-    assert [taken for taken, _ in own] == [False, False]
-    taken, state = calibrated(tmp_path / '4', Net(bits=6))
-    assert taken and state.keys() == own[1][1].keys()
-    assert all(torch.equal(state[name], own[1][1][name]) for name in state)
+    assert [taken for taken, _ in own] == [[], []]
     folder = tmp_path / '4'
-    assert calibrated(folder, Net(kind=LSQ, bits=8))[0], 'another quantizer, the same observers'
-    assert not calibrated(folder, changed(Net()))[0], 'another weight'
-    assert not calibrated(folder, Net(), dict(images='b'))[0], 'other images'
-    assert not calibrated(folder, Net(observer=AvgMinMax))[0], 'another observer'
-    assert not calibrated(folder, Net(), locked=1.0)[0], 'one quantizes meanwhile'
-    assert not calibrated(folder, Net(), locked=1.5)[0], 'with another range'
-    assert calibrated(folder, Net(), locked=1.5)[0]
-    assert calibrated(folder, Net(bits=5))[0], 'the first one is still there'
+    for _ in range(2):
+        taken, state = calibrated(folder, Net(bits=6))
+        assert state.keys() == own[1][1].keys()
+        assert all(torch.equal(state[name], own[1][1][name]) for name in state)
+    assert taken == ['statistics', 'ranges']
+    assert calibrated(folder, Net(kind=LSQ))[0] == ['statistics', 'ranges'], 'a quantizer with the same parameters'
+    assert calibrated(folder, Net(bits=8))[0] == ['statistics']
+    assert calibrated(folder, changed(Net()))[0] == [], 'another weight'
+    assert calibrated(folder, Net(), dict(images='b'))[0] == [], 'other images'
+    assert calibrated(folder, Net(observer=AvgMinMax))[0] == [], 'another observer'
+    assert calibrated(folder, Net(), locked=1.0)[0] == [], 'one quantizes meanwhile'
+    assert calibrated(folder, Net(), locked=1.5)[0] == [], 'with another range'
+    assert calibrated(folder, Net(), locked=1.5)[0] == ['statistics', 'ranges']
 
 
 def test_what_nobody_knows_is_not_shared(tmp_path):
     for _ in range(2):
         net = Net()
         net.first.observer = Halved(4)
-        assert not calibrated(tmp_path, net)[0]
-    assert not (tmp_path / 'statistics').exists()
+        assert calibrated(tmp_path, net)[0] == []
+    assert not list(tmp_path.iterdir())
 
 
-def test_empty_parameters_do_not_count():
-    """Quantizers that are not calibrated yet differ in nothing that a pass over the images could show."""
-    uniform, learned = Net(), Net(kind=LSQ)
-    states = [state_of(net, [net.first, net.second]) for net in (uniform, learned)]
+def test_parameters_that_are_not_there_yet_do_not_count():
+    states = [model_facts(net, [net.first, net.second]) for net in (Net(), Net(kind=LSQ))]
     assert states[0] == states[1]
+
+
+def weights_of(folder, observer='MSE', bits=4, scale=1.0):
+    """Calibrate the weights of two layers: what was taken, and scales."""
+    torch.manual_seed(0)
+    settings = [dict(bits=bits, ch_axis=0, observer=dict(type=observer)) for _ in range(2)]
+    model = nn.Sequential(*(QuantLinear(nn.Linear(6, 3), PassThrough(), Uniform(**each)) for each in settings))
+    with torch.no_grad():
+        model[1].weight *= scale
+    work = SharedWork(folder)
+    calibrate_weights(model, SharedCalibration(work, model, {}) if folder else None)
+    assert all(op.weight_quantizer.mode == 'quantize' for op in model)
+    return work.taken, torch.cat([op.weight_quantizer.scale for op in model])
+
+
+def test_ranges_of_weights_go_by_content(tmp_path):
+    taken, own = weights_of(tmp_path)
+    again, same = weights_of(tmp_path)
+    assert (taken, again) == ([], ['weights']) and torch.equal(own, same)
+    assert weights_of(tmp_path, bits=5)[0] == weights_of(tmp_path, observer='MSEFast')[0] == []
+    count = len(list((tmp_path / 'weights').iterdir()))
+    _, other = weights_of(tmp_path, scale=2.0)
+    assert len(list((tmp_path / 'weights').iterdir())) == count + 1, 'one of the two layers is the same'
+    assert torch.equal(other[:3], own[:3]) and torch.equal(other[3:], own[3:] * 2)
