@@ -121,6 +121,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--load', type=Path, metavar='DIR', help='evaluate this packed checkpoint, do not calibrate')
     parser.add_argument('--show-dir', type=Path, help='draw ground truth, FP and quantized masks (implies --eval-fp)')
     parser.add_argument(
+        '--share-work',
+        action='store_true',
+        help='compute once what runs have in common: it lies in PTQSAM_CACHE (docs/sharing.md)',
+    )
+    parser.add_argument(
         '--wandb', metavar='PROJECT', help='report to Weights & Biases, offline unless WANDB_MODE is set'
     )
     parser.add_argument(
@@ -200,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cache_folder() -> Path:
-    """Where boxes of detectors are kept."""
+    """Where boxes of detectors and shared work are kept."""
     return Path(os.environ.get('PTQSAM_CACHE') or 'work_dirs/cache')
 
 
@@ -314,7 +319,7 @@ def build_runner(
         recipe: checked recipe.
         args: command line.
         work_dir: where results go.
-        cache_dir: where detector boxes are kept.
+        cache_dir: where detector boxes and shared work are kept.
 
     Returns:
         A runner whose test loop is `PTQLoop`.
@@ -330,6 +335,7 @@ def build_runner(
         load=args.load and str(args.load),
         show_dir=args.show_dir and str(args.show_dir),
         cache_dir=str(cache_dir),
+        share_work=args.share_work,
     )
     config.test_cfg = dict(
         type='PTQLoop', recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,49 @@ def folder_lock(folder: str | os.PathLike, work: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def file_lock(path: str | os.PathLike, waiting: str) -> Iterator[None]:
+    """Let one process at a time do what a lock file stands for; the file is removed afterwards.
+
+    The lock belongs to the process and not to those that it starts (data loaders), so it ends with it, however it ends.
+
+    Args:
+        path: the lock file, in an existing folder.
+        waiting: said on stderr, once, where this process has to wait.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    path, said = Path(path), False
+    while True:
+        with open(path, 'ab') as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if not said:
+                    print(waiting, file=sys.stderr, flush=True)
+                    said = True
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            except OSError:
+                pass  # some network file systems have no locks; what is written still appears as a whole
+            if not _is_file_of(path, file.fileno()):
+                continue  # the holder before has removed it
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    path.unlink()
+            return
+
+
+def _is_file_of(path: Path, handle: int) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -1,6 +1,7 @@
 """A detector proposes boxes, SAM turns them into masks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from ptqsam.errors import ConfigError, GateError
 from ptqsam.fileio import fingerprint, sha256_file
+from ptqsam.shared_work import SharedWork
 
 from .box_cache import AttachBoxes, CachedBoxes, cached_boxes, check_limits, known_boxes
 from .checks import build_checked, checked_arguments, reject_unknown
+from .embedding_cache import EmbeddingCache
 from .masks import encode_masks
 from .mmdet_detector import MMDetDetector
 from .oracle import OracleDetector
@@ -65,6 +68,7 @@ class DetectorPromptedSAM(BaseDetector):
         self.options = PromptOptions(**test_cfg)
         self.sam: SegmentAnything = build_checked('model.sam', MODELS, sam)
         self.sam_config = {name: value for name, value in sam.items() if name != 'checkpoint'}
+        self._embeddings: EmbeddingCache | None = None
         self.detector: OracleDetector | MMDetDetector
         if isinstance(detector, Mapping) and detector.get('type') == 'OracleDetector':
             self.detector = build_checked('model.detector', MODELS, detector)
@@ -91,9 +95,18 @@ class DetectorPromptedSAM(BaseDetector):
 
     def encode(self, batch_inputs: Tensor) -> Tensor:
         """Embed preprocessed images (B, 3, S, S) as (B, C, S / 16, S / 16)."""
-        return self.sam.encode(batch_inputs)
+        return (self.sam if self._embeddings is None else self._embeddings).encode(batch_inputs)
 
     extract_feat = encode
+
+    @contextmanager
+    def embeddings_of_others(self, shared: SharedWork) -> Iterator[None]:
+        """Take from other runs, meanwhile, the embeddings that they have; the encoder, in float, stays as it is."""
+        self._embeddings = EmbeddingCache(self.sam, self.sam_config, shared)
+        try:
+            yield
+        finally:
+            self._embeddings = None
 
     def detect(self, data_sample: DetDataSample) -> InstanceData:
         """All boxes of one image: those that the data sample carries, else the detector's.

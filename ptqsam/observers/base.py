@@ -1,6 +1,7 @@
 """What every observer does: see tensors, remember statistics, turn them into scale and zero point."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +18,8 @@ class Observer(ABC):
     """Collects statistics of the tensors it is shown and chooses a clip range from them.
 
     `update` neither records gradients nor reads a tensor on the host, so it costs a GPU no wait. A subclass says in
-    `sync` how each of its statistics is combined over the ranks of a distributed calibration.
+    `sync` how each of its statistics is combined over the ranks of a distributed calibration, and in `collects_by` what
+    they depend on, so that other runs can take them.
 
     Args:
         bits: bit width of the quantizer.
@@ -31,9 +33,12 @@ class Observer(ABC):
         turn: number of the next tensor among those that all processes see; what is drawn of a tensor depends on it.
             Counts by itself from 0.
         sync: name of a statistic -> how ranks are combined; 'cat' concatenates lists.
+        collects_by: attributes that `collect` looks at, other observers among them; None: not known. It counts for the
+            class that has both.
     """
 
     sync: ClassVar[dict[str, Reduction]] = {'min_val': 'min', 'max_val': 'max', 'count': 'sum'}
+    collects_by: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, bits: int, symmetric: bool = False, ch_axis: int | None = None) -> None:
         self.bits = bits
@@ -112,6 +117,26 @@ class Observer(ABC):
             GateError: no data was seen, or the data hold NaN or infinity.
         """
         return choose_qparams(*self.bounds(), self.bits, self.symmetric)
+
+    def statistics(self) -> dict[str, Any]:
+        """All that was collected, by attribute; of another observer in this one, what that has collected."""
+        own = {name: getattr(self, name) for name in self.sync}
+        parts = {name: getattr(self, name) for name in self.collects_by or ()}
+        return own | {name: part.statistics() for name, part in parts.items() if isinstance(part, Observer)}
+
+    def take_statistics(self, found: Mapping[str, Any], device: torch.device) -> None:
+        """Go on as the observer whose `statistics` these are, which has the same settings.
+
+        Args:
+            found: used, not copied.
+            device: where the data lie.
+        """
+        for name, value in found.items():
+            part = getattr(self, name)
+            if isinstance(part, Observer):
+                part.take_statistics(value, device)
+            else:
+                setattr(self, name, _to_device(value, device))
 
     def synchronize(self) -> None:
         """Give every rank the statistics of all ranks; does nothing outside a distributed run.

@@ -50,6 +50,7 @@ class ChannelStatistics(Observer):
     """
 
     sync: ClassVar[dict[str, Reduction]] = {**Observer.sync, 'squares': 'sum', 'tokens': 'sum'}
+    collects_by = ('ch_axis', 'inner', 'seed')
 
     def __init__(self, inner: Observer, seed: int = 0) -> None:
         self.inner = inner

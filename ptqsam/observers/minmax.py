@@ -13,6 +13,8 @@ from ptqsam.registry import OBSERVERS
 class MinMax(Observer):
     """Range from the smallest to the largest value of all calls. Args as in `Observer`."""
 
+    collects_by = ('ch_axis',)
+
     def collect(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing beyond the running extremes."""
         return extremes(x, self.ch_axis)
@@ -30,6 +32,7 @@ class AvgMinMax(Observer):
     """
 
     sync: ClassVar[dict[str, Reduction]] = {**Observer.sync, 'lo_sum': 'sum', 'hi_sum': 'sum'}
+    collects_by = ('ch_axis',)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -25,6 +25,7 @@ class SampleObserver(Observer):
     """
 
     sync: ClassVar[dict[str, Reduction]] = {**Observer.sync, 'samples': 'cat'}
+    collects_by = ('ch_axis', 'seed')
 
     def __init__(self, bits: int, symmetric: bool = False, ch_axis: int | None = None, seed: int = 0) -> None:
         self.seed = seed

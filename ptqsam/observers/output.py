@@ -1,7 +1,7 @@
 """Search of a hybrid log-uniform quantizer's parameters for the output of the layer that its values go into."""
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from mmengine.dist import all_gather_object, broadcast_object_list
@@ -65,6 +65,7 @@ class OutputSearch(Observer):
         'width': 'max',
         'weights': 'cat',
     }
+    collects_by = ('bits', 'published', 'ranges', 'seed')
 
     def __init__(self, bits: int, ranges: Observer, center: Center = 'min', seed: int = 0) -> None:
         self.ranges = ranges
@@ -97,6 +98,10 @@ class OutputSearch(Observer):
             operand = [self.operand]
             broadcast_object_list(operand, holders.index(True))
             self.operand = operand[0]
+
+    def statistics(self) -> dict[str, Any]:
+        """As in all; the search needs the operand, too, and to know how it is to be done."""
+        return super().statistics() | dict(operand=self.operand, published=self.published)
 
     def update_product(self, x: Tensor, operand: Tensor | None) -> None:
         """Add a tensor to the statistics.

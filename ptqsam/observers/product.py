@@ -84,6 +84,7 @@ class ProductSearch(Observer):
     """
 
     sync: ClassVar[dict[str, Reduction]] = {**Observer.sync, 'scale_sum': 'sum', 'error_sum': 'sum'}
+    collects_by = ('family', 'seed')  # the bits are in the family
 
     def __init__(self, bits: int, family: Family, seed: int = 0) -> None:
         self.seed = seed

@@ -183,7 +183,16 @@ class Quantizer(nn.Module, ABC):
             GateError: nothing was observed, or NaN or infinity.
         """
         with self.named_errors():
-            scale, zero_point = self.observer.qparams()
+            found = self.observer.qparams()
+        self.take(*found)
+
+    def take(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set the parameters of a quantizer that has no others.
+
+        Args:
+            scale: positive, float32, 0-dim or (C,).
+            zero_point: within the codes, int32, likewise.
+        """
         # .data keeps the identity of a parameter that an optimiser may hold
         self.scale.data, self.zero_point.data = scale, zero_point
         self._outdated = False

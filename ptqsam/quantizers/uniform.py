@@ -30,9 +30,8 @@ class Uniform(Quantizer):
             scale: positive, float32, 0-dim or (C,).
             zero_point: within the codes, int32, likewise.
         """
-        # .data keeps the identity of a parameter that an optimiser may hold
-        self.scale.data, self.zero_point.data = scale, zero_point
-        self._outdated, self.locked = False, True
+        self.take(scale, zero_point)
+        self.locked = True
         self.mode = 'quantize'
 
     def used_scale(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Pictures of what quantization does to masks: ground truth, FP32 and quantized side by side."""
 
 import colorsys
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,21 @@ class Objects:
     boxes: np.ndarray
     index: np.ndarray
     total: int
+
+    def plain(self) -> dict[str, Any]:
+        """The same in values for JSON."""
+        return dict(
+            masks=[{**mask, 'counts': _text(mask['counts'])} for mask in self.masks],
+            boxes=self.boxes.tolist(),
+            index=self.index.tolist(),
+            total=self.total,
+        )
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> 'Objects':
+        """Inverse of `plain`."""
+        boxes = np.array(values['boxes'], np.float32).reshape(-1, 4)
+        return cls(values['masks'], boxes, np.array(values['index'], np.int64), values['total'])
 
 
 class Gallery:
@@ -110,6 +126,20 @@ class Gallery:
             )
             write_json(self.show_dir / INDEX, entries)
 
+    @property
+    def images(self) -> set[str]:
+        """Paths of the images that are drawn."""
+        return set(self._chosen)
+
+    def float_results(self) -> dict[str, Any]:
+        """What `add` has got of the float model, from all processes, in plain values: path of an image -> objects."""
+        everyone = itertools.chain(*(found.items() for found in all_gather_object(self._float)))
+        return {path: objects.plain() for path, objects in everyone}
+
+    def take_float_results(self, results: dict[str, Any]) -> None:
+        """Go on as if `add` had got the results of the float model; other images than the drawn ones do not matter."""
+        self._float = {path: Objects.from_plain(objects) for path, objects in results.items()}
+
     def _write(self, img_path: str, reference: Objects | None, instances: Any) -> None:
         """Write the picture of one image.
 
@@ -142,6 +172,10 @@ class Gallery:
             objects=len(quantized.masks),
             worst=min(ious, default=None),
         )
+
+
+def _text(counts: str | bytes) -> str:
+    return counts if isinstance(counts, str) else counts.decode()
 
 
 def read_image(path: str) -> np.ndarray:

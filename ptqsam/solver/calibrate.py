@@ -1,6 +1,7 @@
 """Stage `calibrate`: draw images, let the observers see them, turn statistics into quantization parameters."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from ptqsam.errors import ConfigError, GateError
 from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.progress import progress, progress_bar
 from ptqsam.quantizers import Quantizer
+from ptqsam.solver.shared_calibration import SharedCalibration
 
 
 def draw_images(
@@ -118,7 +120,14 @@ def own_batches(batches: Collection[Any], max_boxes: int, seed: int, what: str) 
 
 
 @torch.no_grad()
-def calibrate_activations(model: Any, target: nn.Module, batches: Collection[Any], max_boxes: int, seed: int) -> None:
+def calibrate_activations(
+    model: Any,
+    target: nn.Module,
+    batches: Collection[Any],
+    max_boxes: int,
+    seed: int,
+    shared: SharedCalibration | None = None,
+) -> None:
     """Observe activations of the float model and set the parameters of all activation quantizers.
 
     Locked quantizers keep theirs and quantize what the others observe. Of several processes, each runs its share of the
@@ -130,6 +139,7 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Collection[Any
         batches: data batches of one image each, prompt boxes attached.
         max_boxes: prompt boxes per image.
         seed: seed of the choice of boxes.
+        shared: what other runs have found. Default None: everything is computed.
 
     Raises:
         GateError: a quantizer saw NaN or infinity (named with the image), or no data at all.
@@ -141,29 +151,53 @@ def calibrate_activations(model: Any, target: nn.Module, batches: Collection[Any
         else:
             quantizer.reset()
             quantizer.mode = 'observe'
-    for number, batch in own_batches(batches, max_boxes, seed, 'calibrate'):
+
+    def observe() -> None:
+        for number, batch in own_batches(batches, max_boxes, seed, 'calibrate'):
+            for quantizer in quantizers:
+                quantizer.observer.turn = number
+            try:
+                model.test_step(batch)
+            finally:
+                # also when the model itself refuses its output: this names the quantizer, too
+                _check_finite(quantizers, batch['data_samples'][0])
         for quantizer in quantizers:
-            quantizer.observer.turn = number
-        try:
-            model.test_step(batch)
-        finally:
-            # also when the model itself refuses its output: this names the quantizer, too
-            _check_finite(quantizers, batch['data_samples'][0])
+            quantizer.observer.synchronize()
+
+    if shared is None:
+        observe()
+    else:
+        shared.observe_once(quantizers, observe)
     for quantizer in progress(quantizers, 'search ranges', 'quantizer'):
-        quantizer.observer.synchronize()
+        if shared is not None:
+            shared.calibrate_once(quantizer)
         quantizer.mode = 'quantize'
         quantizer.observer.reset()  # frees its samples
 
 
 @torch.no_grad()
-def calibrate_weights(target: nn.Module) -> None:
-    """Observe all weights and set the parameters of their quantizers."""
+def calibrate_weights(target: nn.Module, shared: SharedCalibration | None = None) -> None:
+    """Observe all weights and set the parameters of their quantizers.
+
+    Args:
+        target: SAM with quant modules.
+        shared: what other runs have found. Default None: everything is computed.
+    """
     for _, op, quantizer in progress(list(quant_ops(target)), 'search weights', 'weight'):
+        calibrate = partial(_calibrate_weight, quantizer, op.weight)
         quantizer.reset()
-        quantizer.mode = 'observe'
-        quantizer(op.weight)
+        if shared is not None:
+            shared.calibrate_weight_once(quantizer, op.weight, calibrate)
+        if not quantizer.calibrated:
+            calibrate()
         quantizer.mode = 'quantize'
-        quantizer.observer.reset()  # it may hold a copy of the weight
+
+
+def _calibrate_weight(quantizer: Quantizer, weight: Tensor) -> None:
+    quantizer.mode = 'observe'
+    quantizer(weight)
+    quantizer.mode = 'quantize'
+    quantizer.observer.reset()  # it may hold a copy of the weight
 
 
 def _check_finite(quantizers: list[Quantizer], data_sample: Any) -> None:

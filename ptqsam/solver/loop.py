@@ -1,7 +1,6 @@
 """The loop: prepare -> calibrate -> freeze -> evaluate -> report. A test loop of mmengine's Runner."""
 
 import itertools
-import json
 import resource
 import time
 from collections.abc import Iterator
@@ -28,13 +27,16 @@ from ptqsam.config import parse_quant_config
 from ptqsam.distributed import decided_by_main, demand_same
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
 from ptqsam.fileio import fingerprint, write_json
+from ptqsam.modules.walk import quantizers
 from ptqsam.progress import progress
 from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.report import Gallery, plot_outcomes, plot_quantization_errors, write_outcomes, write_summary
+from ptqsam.shared_work import SharedWork
 from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, check_calibration
 from ptqsam.solver.compat import apply_compat, report_gate
 from ptqsam.solver.datasets import build_calib_loader, build_dataset, data_identity, image_names
+from ptqsam.solver.float_metrics import own_metrics, shared_metrics
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.options import RunOptions
 from ptqsam.solver.prepare import check_hooks, quantize_model
@@ -42,6 +44,7 @@ from ptqsam.solver.reconstruct import ReconstructionStage, check_reconstruction
 from ptqsam.solver.resume import check_same, find_packed
 from ptqsam.solver.rules import RuleBook
 from ptqsam.solver.share import share_model
+from ptqsam.solver.shared_calibration import SharedCalibration
 
 # images on which the error of the activation quantizers is measured
 ERROR_IMAGES = 2
@@ -81,6 +84,7 @@ class PTQLoop(TestLoop):
         outcomes: unit -> what reconstruction did to it, after the stage `reconstruct`.
         seconds: finished stage -> its time.
         memory_mb: finished stage -> largest memory use of this process until its end.
+        shared: work of other runs, if this one is to take part in it.
         violations: what the gate would refuse; of a run with compat switches, others stop.
         rules: rules and what they decided.
     """
@@ -114,6 +118,7 @@ class PTQLoop(TestLoop):
         self.result: dict[str, Any] = {}
         self.violations: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
+        self.shared = SharedWork(Path(self.options.cache_dir)) if self.options.share_work else None
         show_dir = self.options.show_dir
         self.gallery = Gallery(Path(show_dir), self.dataloader.dataset) if show_dir else None
         check_reconstruction(self.recipe)
@@ -263,12 +268,32 @@ class PTQLoop(TestLoop):
         reconstructed = self.recipe.reconstruction is not None
         resumed = reconstructed and self.options.resume and decided_by_main(lambda: stage.load_calibrated(self.target))
         if not resumed:
-            calibrate_activations(self.model, self.target, self.calib_loader, calibration.max_boxes, calibration.seed)
-            calibrate_weights(self.target)
+            images, shared = (
+                (self.calib_loader, calibration.max_boxes, calibration.seed),
+                self.shared_calibration(origin),
+            )
+            with self.embeddings_of_others():
+                calibrate_activations(self.model, self.target, *images, shared)
+            calibrate_weights(self.target, shared)
             if reconstructed and is_main_process():
                 stage.clear()
                 stage.save_calibrated(self.target)
         share_model(self.target)
+
+    def shared_calibration(self, origin: dict[str, Any]) -> SharedCalibration | None:
+        """What other runs have found that calibrate on the same images.
+
+        Args:
+            origin: what the result depends on.
+        """
+        if self.shared is None:
+            return None
+        conditions = {name: value for name, value in origin.items() if name != 'recipe'} | dict(
+            max_boxes=self.recipe.calibration.max_boxes,
+            seed=self.recipe.calibration.seed,
+            processes=get_world_size(),  # sums are added in another order
+        )
+        return SharedCalibration(self.shared, self.target, conditions)
 
     def reconstruct(self, origin: dict[str, Any]) -> None:
         """Learn the rounding of weights and the scales of activations, unit by unit.
@@ -305,27 +330,39 @@ class PTQLoop(TestLoop):
             self.size_mb['packed'] = megabytes(size)
 
     def evaluate_float(self) -> dict[str, float]:
-        """Metrics of the float model; taken from an earlier run when resuming, unless pictures are wanted."""
-        path = self.work_dir / 'fp.json'
+        """Metrics of the float model; taken from an earlier run when resuming, unless pictures are wanted.
+
+        With shared work they are taken from any run, and the pictures' masks as well.
+        """
         config = self.runner.cfg
         conditions = self.model.origin() | dict(
+            ptqsam=__version__,
             model_config=fingerprint(config.model.to_dict()),
             evaluator=fingerprint(config.test_evaluator),
             data=data_identity(self.dataloader.dataset, config.test_dataloader.dataset),
+            batch_size=self.dataloader.batch_size,
         )
 
-        def known() -> dict[str, float] | None:
-            if not self.options.resume or self.gallery is not None or not path.is_file():
-                return None
-            earlier = json.loads(path.read_text(encoding='utf-8'))
-            return earlier['metrics'] if earlier['conditions'] == conditions else None
+        def evaluate() -> dict[str, float]:
+            return self.evaluate('fp')
 
-        if (metrics := decided_by_main(known)) is not None:
-            return metrics
-        metrics = self.evaluate('fp')
-        if is_main_process():
-            write_json(path, dict(conditions=conditions, metrics=metrics))
-        return metrics
+        if self.shared is not None:
+            return shared_metrics(self.shared, conditions, evaluate, self.gallery)
+        known = self.options.resume and self.gallery is None
+        return own_metrics(self.work_dir / 'fp.json', conditions, evaluate, known)
+
+    @contextmanager
+    def embeddings_of_others(self) -> Iterator[None]:
+        """Let the model take embeddings from other runs meanwhile, if all of its encoder is in float.
+
+        Several processes each encode other images, but share work together, so they do not take any.
+        """
+        encoder = self.target.get_submodule('image_encoder')
+        if self.shared is None or get_world_size() > 1 or any(quantizers(encoder)):
+            yield
+            return
+        with self.model.embeddings_of_others(self.shared):
+            yield
 
     @torch.no_grad()
     def evaluate(self, what: str) -> dict[str, float]:
@@ -339,11 +376,12 @@ class PTQLoop(TestLoop):
         """
         if self.recipe.compat.keep_drop_prob:
             torch.manual_seed(self.options.seed)  # what is dropped decides the metrics
-        for batch in progress(self.dataloader, f'evaluate {what}', 'image'):
-            outputs = self.runner.model.test_step(batch)
-            if self.gallery is not None:
-                self.gallery.add(what, outputs)
-            self.evaluator.process(data_samples=outputs, data_batch=batch)
+        with self.embeddings_of_others():
+            for batch in progress(self.dataloader, f'evaluate {what}', 'image'):
+                outputs = self.runner.model.test_step(batch)
+                if self.gallery is not None:
+                    self.gallery.add(what, outputs)
+                self.evaluator.process(data_samples=outputs, data_batch=batch)
         if self.gallery is not None:
             self.gallery.finish()
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
@@ -368,6 +406,7 @@ class PTQLoop(TestLoop):
             images=len(self.dataloader.dataset),
             work_dir=str(self.work_dir),
             processes=get_world_size(),
+            shared=[] if self.shared is None else self.shared.taken,
         )
         if is_main_process():
             write_summary(self.work_dir / 'summary.csv', self.rules.enabled, self.errors)

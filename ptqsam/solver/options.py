@@ -16,7 +16,8 @@ class RunOptions:
         resume: go on from what an earlier run left in the work dir.
         load: folder of a packed checkpoint to evaluate, in place of calibrating.
         show_dir: folder for mask pictures.
-        cache_dir: folder for detector boxes.
+        cache_dir: folder for detector boxes and shared work.
+        share_work: take from other runs what this one needs, too, and leave it for them.
     """
 
     model: str
@@ -28,3 +29,4 @@ class RunOptions:
     load: str | None = None
     show_dir: str | None = None
     cache_dir: str = 'work_dirs/cache'
+    share_work: bool = False
