@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,10 @@ def test_a_scale_shows_all_values_and_its_ticks_lie_inside(values, log):
             assert scale.low <= value <= scale.high
     ticks = scale.ticks()
     assert len(ticks) <= 12 and all(10 <= scale(tick) <= 200 for tick in ticks)
+
+
+def test_the_smallest_float_has_a_place():
+    assert scale_of([sys.float_info.min, 1e12], 0.0, 100.0, log=True)(sys.float_info.min) >= 0
 
 
 def test_places_by_hand():

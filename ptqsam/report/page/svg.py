@@ -2,6 +2,7 @@
 light and on dark, and sharp in print."""
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,8 @@ def scale_of(
     low, high = min([*known, *include], default=1.0), max([*known, *include], default=1.0)
     if log:
         room = max((high / low) ** 0.06, 1.05)
-        low, high = (low if low in include else low / room), high * room
+        # the room below the smallest of all floats would be zero, which has no logarithm
+        low, high = (low if low in include else max(low / room, sys.float_info.min)), high * room
     else:
         room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         low, high = (low if low in include else low - room), (high if high in include else high + room)
