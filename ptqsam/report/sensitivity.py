@@ -1,0 +1,5 @@
+"""Picture of sensitivities."""
+
+
+def plot_sensitivities(path, rows, everything):
+    pass
