@@ -20,14 +20,14 @@ from ptqsam.checkpoint import read_manifest
 from ptqsam.cli import cache_folder, load_model_config, recipe_name
 from ptqsam.config import QuantConfig
 from ptqsam.fileio import fingerprint, write_json
-from ptqsam.report.sensitivity import plot_sensitivities
+from ptqsam.report.sensitivity import plot_roles, plot_sensitivities
 from ptqsam.report.statistics import plot_histograms, plot_statistics
 from ptqsam.report.summary import run_label
 from ptqsam.solver.reconstruct import first_pass
 from ptqsam.solver.rules import select_points
 
 FILES = {
-    'sensitivity': ('sensitivity.csv', 'sensitivity.png'),
+    'sensitivity': ('sensitivity.csv', 'sensitivity.png', 'roles.png'),
     'statistics': ('statistics.csv', 'statistics.png', 'histograms.json', 'histograms.png', 'channel_groups.json'),
 }
 
@@ -80,7 +80,9 @@ class Analysis:
             table = self.folder / 'sensitivity.csv'
             self.examination = Examination(choices, self.args.bits, samples, references, sizes, scores, table)
             self.examination.run(lambda bits: self.subject_at(bits, own))
-            plot_sensitivities(self.folder / 'sensitivity.png', self.examination.rows(), self.examination.everything)
+            rows = self.examination.rows()
+            plot_sensitivities(self.folder / 'sensitivity.png', rows, self.examination.everything)
+            plot_roles(self.folder / 'roles.png', rows)
         if statistics:
             rows = self.examination.rows() if self.examination else []
             plot_statistics(self.folder / 'statistics.png', statistics, rows)

@@ -112,7 +112,7 @@ class Case:
         return Subject(self.model, Switches(sam, plain), rules, OWN)
 
     def _calibrate(self) -> dict[str, Tensor]:
-        """Run the stages `prepare` and `calibrate`; returns the float weights that belong to the model as it is then."""
+        """Run the stages `prepare` and `calibrate`; returns the float weights of the model as it is then."""
         loop = self.loop
         with loop.stage('prepare'):
             loop.prepare(None)
