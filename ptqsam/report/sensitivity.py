@@ -98,7 +98,7 @@ def draw_cells(axes: Axes, values: np.ndarray, widths: Sequence[int]) -> None:
     """
     axes.set_facecolor('lightgrey')
     finite = np.where(np.isposinf(values), np.nan, values)
-    axes.imshow(finite, cmap='RdYlGn', vmin=0, vmax=45, aspect='auto')
+    axes.imshow(finite, cmap='RdYlGn', vmin=0, vmax=50, aspect='auto', alpha=0.75)
     for i, j in np.argwhere(~np.isnan(values)).tolist():
         axes.text(j, i, f'{values[i, j]:.0f}', ha='center', va='center', fontsize=7)
     axes.set_xticks(range(len(widths)), [f'{bits} bit' for bits in widths], fontsize=8)

@@ -19,38 +19,44 @@ if TYPE_CHECKING:
 
 # histograms on a sheet
 SHEET = 12
+# levels that are drawn from the bottom to the top
+FEW = 64
 # points that a scatter names
 NAMED = 5
 # kinds of tensors, the first that fits: part of the role -> name
-FAMILIES = (
-    ('softmax', 'softmax output'),
+KINDS = (
     ('.weight', 'weight'),
+    ('softmax', 'softmax output'),
     ('lin2.input', 'input of 2nd MLP layer'),
     ('conv', 'input of convolution'),
     ('.input', 'input of linear layer'),
     ('', 'q, k, v'),
 )
-# column -> axis label, which rows have it, logarithmic
-PANELS: tuple[tuple[str, str, bool], ...] = (
-    ('kurtosis', 'excess kurtosis + 3 (heavy tails: HLUQ)', True),
-    ('channel_spread', 'largest over median channel range (CAG)', True),
-    ('outlier_ratio', 'largest magnitude over 99.9 % quantile (PCC)', True),
-    ('bimodality_coefficient', "Sarle's bimodality coefficient (BIG)", False),
-    ('share_above', 'share of attention scores above 0.01 (AGQ, LNQ)', True),
-    ('condition_number', 'condition number of the weight (ACNR)', True),
+# column -> axis label; those of activations
+ACTIVATION_PANELS = (
+    ('kurtosis', 'kurtosis (heavy tails: HLUQ)'),
+    ('channel_spread', 'largest over median range of a channel (CAG)'),
+    ('outlier_ratio', 'largest magnitude over 99.9 % quantile (PCC)'),
+    ('bimodality_coefficient', "Sarle's bimodality coefficient (BIG)"),
+    ('share_above', 'share of attention scores above 0.01 (AGQ, LNQ)'),
 )
+# from this ratio on an axis is logarithmic
+DECADES = 30.0
+
+# x, y, path, role
+Dot = tuple[float, float, str, str]
 
 
-def family_of(role: str) -> str:
+def kind_of(role: str) -> str:
     """Kind of tensor that a role stands for."""
-    return next(name for part, name in FAMILIES if part in role)
+    return next(name for part, name in KINDS if part in role)
 
 
 def plot_statistics(path: Path, rows: Sequence['Statistics'], sensitivities: Sequence['Sensitivity']) -> None:
-    """Draw a scatter for each statistic against the quantizer's harm.
+    """Draw a scatter for each statistic against the quantizer's harm, the points of most harm named.
 
     Harm is the SQNR of the mask logits with the quantizer alone on where that was measured, else the SQNR of the tensor
-    itself. The points with the least are named.
+    itself; for the condition number of a weight, that of its layer's input, whose errors it amplifies.
 
     Args:
         path: PNG file, written atomically.
@@ -59,34 +65,67 @@ def plot_statistics(path: Path, rows: Sequence['Statistics'], sensitivities: Seq
     """
     own = {row.point.path: row.enabled.sqnr for row in sensitivities if row.own and row.enabled}
     label = 'SQNR of mask logits, alone on, dB' if own else 'SQNR of the quantized tensor, dB'
-    harm = {row.path: own.get(row.path, math.nan) if own else row.sqnr_db for row in rows}
+    harm = own or {row.path: row.sqnr_db for row in rows}
     figure = Figure(figsize=(15, 8.5), dpi=110, layout='constrained')
     FigureCanvasAgg(figure)
-    colours = {name: COLOURS[i] for i, (_, name) in enumerate(FAMILIES)}
-    for axes, (column, title, logarithmic) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        shift = 3 if column == 'kurtosis' else 0
-        found = [(getattr(row, column), harm[row.path], row) for row in rows]
-        points = [(x + shift, y, row) for x, y, row in found if x is not None and math.isfinite(x) and math.isfinite(y)]
-        for name, colour in colours.items():
-            x, y = [[point[i] for point in points if family_of(point[2].role) == name] for i in (0, 1)]
-            axes.plot(x, y, 'o', color=colour, markersize=4, alpha=0.75, label=name)
-        name_points(axes, sorted(points, key=lambda point: point[1])[:NAMED])
-        axes.set_title(title, loc='left', fontsize=10)
-        axes.set_ylabel(label, fontsize=8)
-        if logarithmic and points:
-            axes.set_xscale('log')
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc='outside lower center', ncols=len(FAMILIES), frameon=False)
+    *places, last = figure.subplots(2, 3).flat
+    for axes, (column, title) in zip(places, ACTIVATION_PANELS, strict=True):
+        shift = 3 if column == 'kurtosis' else 0  # of the excess over a normal distribution
+        found = [(getattr(row, column), row.path, row.role) for row in rows if row.kind == 'act']
+        dots = [(x + shift, harm.get(path, math.nan), path, role) for x, path, role in found if x is not None]
+        draw_scatter(axes, dots, title, label)
+    found = [(row.condition_number, f'{row.path.removesuffix("weight")}input', row.role) for row in rows]
+    dots = [(x, harm.get(path, math.nan), path, role) for x, path, role in found if x is not None]
+    draw_scatter(last, dots, 'condition number of the weight, against its input (ACNR)', label)
+    handles = {
+        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=len(KINDS), frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format='png')
 
 
-def name_points(axes: Axes, points: Sequence[tuple[float, float, 'Statistics']]) -> None:
-    """Write the ends of the paths of some points beside them."""
-    for x, y, row in points:
-        axes.annotate(short(row.path), (x, y), (5, 0), textcoords='offset points', fontsize=6, va='center')
+def draw_scatter(axes: Axes, dots: Sequence[Dot], title: str, label: str) -> None:
+    """Draw one panel.
+
+    Args:
+        axes: where to draw.
+        dots: what is not finite is left out.
+        title: says what x is.
+        label: says what y is.
+    """
+    dots = [dot for dot in dots if math.isfinite(dot[0]) and math.isfinite(dot[1])]
+    for (_, name), colour in zip(KINDS, COLOURS, strict=False):
+        chosen = [dot for dot in dots if kind_of(dot[3]) == name]
+        if chosen:
+            x, y = [dot[0] for dot in chosen], [dot[1] for dot in chosen]
+            axes.plot(x, y, 'o', color=colour, markersize=4, alpha=0.75, label=name)
+    xs = [dot[0] for dot in dots]
+    if xs and min(xs) > 0 and max(xs) > DECADES * min(xs):
+        axes.set_xscale('log')
+    name_dots(axes, sorted(dots, key=lambda dot: dot[1]))
+    axes.set_title(title, loc='left', fontsize=10)
+    axes.set_ylabel(label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+
+
+def name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
+    """Name the lowest dots, unless a name would lie on another one.
+
+    Args:
+        axes: with limits that will stay.
+        dots: lowest first.
+    """
+    bottom, top = axes.get_ylim()
+    named: list[float] = []
+    for x, y, path, _ in dots:
+        if len(named) < NAMED and all(abs(y - other) > 0.03 * (top - bottom) for other in named):
+            named.append(y)
+            right = axes.transData.transform((x, y))[0] > axes.bbox.x0 + 0.6 * axes.bbox.width
+            offset, align = ((-5, 0), 'right') if right else ((5, 0), 'left')
+            axes.annotate(short(path), (x, y), offset, textcoords='offset points', fontsize=6, va='center', ha=align)
 
 
 def short(path: str) -> str:
@@ -134,7 +173,9 @@ def draw_histogram(axes: Axes, histogram: Mapping[str, Any]) -> None:
     axes.stairs(counts, edges, fill=True, color=COLOURS[0], alpha=0.5)
     axes.set_yscale('log')
     levels = [level for level in histogram['levels'] if edges[0] - 1e-9 <= level <= edges[-1] + 1e-9]
-    axes.vlines(levels, 0, 1, transform=axes.get_xaxis_transform(), color=COLOURS[5], linewidth=0.7, alpha=0.8)
+    # many levels would hide what lies behind them
+    height = 1 if len(levels) <= FEW else 0.12
+    axes.vlines(levels, 0, height, transform=axes.get_xaxis_transform(), color=COLOURS[5], linewidth=0.7, alpha=0.8)
     axes.set_xlim(edges[0], edges[-1])
     axes.tick_params(labelsize=7)
     axes.spines[['top', 'right']].set_visible(False)
