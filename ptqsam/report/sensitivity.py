@@ -67,8 +67,10 @@ def plot_roles(path: Path, rows: Sequence['Sensitivity']) -> None:
     measured = [row for row in rows if row.enabled]
     roles = list(dict.fromkeys(row.point.role for row in measured))
     widths = sorted({row.bits for row in measured})
-    figure = Figure(figsize=(5.5 + 0.8 * len(widths), 1.2 + 0.24 * len(roles)), dpi=110, layout='constrained')
+    width, height = 3.8 + 1.0 * len(widths), 1.1 + 0.24 * len(roles)
+    figure = Figure(figsize=(width, height), dpi=110)
     FigureCanvasAgg(figure)
+    edges = dict(left=3.2 / width, right=0.99, top=1 - 0.7 / height, bottom=0.3 / height, wspace=0.05)
     lowest, middle = (np.full((len(roles), len(widths)), math.nan) for _ in range(2))
     counts = []
     for i, role in enumerate(roles):
@@ -78,12 +80,12 @@ def plot_roles(path: Path, rows: Sequence['Sensitivity']) -> None:
             if found := [row.enabled.sqnr for row in of_role if row.bits == bits and row.enabled]:
                 lowest[i, j], middle[i, j] = min(found), float(np.median(found))
     for axes, values, title in zip(
-        figure.subplots(1, 2, sharey=True), (lowest, middle), ('worst', 'median'), strict=True
+        figure.subplots(1, 2, sharey=True, gridspec_kw=edges), (lowest, middle), ('worst', 'median'), strict=True
     ):
         draw_cells(axes, values, widths)
-        axes.set_title(f'{title} quantizer of the role', fontsize=9)
+        axes.set_title(title, fontsize=9)
         axes.set_yticks(range(len(roles)), [f'{role} ({n})' for role, n in zip(roles, counts, strict=True)], fontsize=7)
-    figure.suptitle('SQNR of mask logits in dB, one quantizer alone on', fontsize=10)
+    figure.suptitle('SQNR of mask logits in dB, one quantizer alone on: worst and median of each role', fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format='png')
 

@@ -66,9 +66,11 @@ def plot_statistics(path: Path, rows: Sequence['Statistics'], sensitivities: Seq
     own = {row.point.path: row.enabled.sqnr for row in sensitivities if row.own and row.enabled}
     label = 'SQNR of mask logits, alone on, dB' if own else 'SQNR of the quantized tensor, dB'
     harm = own or {row.path: row.sqnr_db for row in rows}
-    figure = Figure(figsize=(15, 8.5), dpi=110, layout='constrained')
+    figure = Figure(figsize=(15, 8.5), dpi=110)
     FigureCanvasAgg(figure)
-    *places, last = figure.subplots(2, 3).flat
+    # a layout that is searched takes as long as all drawing
+    edges = dict(left=0.04, right=0.99, top=0.96, bottom=0.09, hspace=0.2, wspace=0.16)
+    *places, last = figure.subplots(2, 3, gridspec_kw=edges).flat
     for axes, (column, title) in zip(places, ACTIVATION_PANELS, strict=True):
         shift = 3 if column == 'kurtosis' else 0  # of the excess over a normal distribution
         found = [(getattr(row, column), row.path, row.role) for row in rows if row.kind == 'act']
@@ -80,7 +82,7 @@ def plot_statistics(path: Path, rows: Sequence['Statistics'], sensitivities: Seq
     handles = {
         name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=len(KINDS), frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc='lower center', ncols=len(KINDS), frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format='png')
 
@@ -148,9 +150,11 @@ def plot_histograms(path: Path, histograms: Mapping[str, dict[str, Any]], rows: 
         return
     columns = min(3, len(worst))
     lines = math.ceil(len(worst) / columns)
-    figure = Figure(figsize=(5 * columns, 2.3 * lines + 0.4), dpi=110, layout='constrained')
+    height = 2.3 * lines + 0.6
+    figure = Figure(figsize=(5 * columns, height), dpi=110)
     FigureCanvasAgg(figure)
-    places = figure.subplots(lines, columns, squeeze=False).flat
+    edges = dict(left=0.15 / columns, right=0.99, top=1 - 0.6 / height, bottom=0.3 / height, hspace=0.35, wspace=0.13)
+    places = figure.subplots(lines, columns, squeeze=False, gridspec_kw=edges).flat
     for axes, row in zip(places, worst, strict=False):
         draw_histogram(axes, histograms[row.path])
         axes.set_title(short(row.path), loc='left', fontsize=8)
@@ -178,4 +182,5 @@ def draw_histogram(axes: Axes, histogram: Mapping[str, Any]) -> None:
     axes.vlines(levels, 0, height, transform=axes.get_xaxis_transform(), color=COLOURS[5], linewidth=0.7, alpha=0.8)
     axes.set_xlim(edges[0], edges[-1])
     axes.tick_params(labelsize=7)
+    axes.minorticks_off()
     axes.spines[['top', 'right']].set_visible(False)

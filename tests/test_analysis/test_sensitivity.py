@@ -42,8 +42,8 @@ def measured(subject, samples, mode, paths, scores, image=0):
 @pytest.mark.parametrize('arch', ['vit', 'tiny_vit'])
 def test_equal_to_the_whole_model_bit_for_bit(arch, mode, tmp_path):
     subject, samples = make_subject(arch)
-    # each second one in the end: every kind in one block or the other
-    scores, paths = ScoreFile(tmp_path / 's.json', ''), all_paths(subject)[:: 2 if arch == 'vit' else 3]
+    # some of every block
+    scores, paths = ScoreFile(tmp_path / 's.json', ''), all_paths(subject)[:: 3 if arch == 'vit' else 5]
     reference = measured(subject, samples, mode, [NOBODY, *paths], scores)
     encoder, decoder = subject.segments
     assert len(encoder) > 3 and len(decoder) == 3
