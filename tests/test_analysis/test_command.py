@@ -116,7 +116,7 @@ def test_packed_is_what_calibration_makes(packed, tiny, tmp_path):
 
 
 def test_goes_on_after_a_stop(tiny, tmp_path, capsys, monkeypatch):
-    options = '--what', 'sensitivity', '--points', '*.blocks.1.mlp.*', '*.layers.0.mlp.*', '--bits', 3
+    options = '--what', 'sensitivity', '--points', '*.blocks.1.mlp.*', '*.layers.0.mlp.*'
     assert analyze(tiny, tmp_path / 'whole', *options) == 0
     whole = (tmp_path / 'whole' / 'analysis' / 'sensitivity.csv').read_bytes()
     original, calls = Score.of.__func__, []
@@ -132,7 +132,7 @@ def test_goes_on_after_a_stop(tiny, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sensitivity.Score, 'of', classmethod(of))
 
     done = 0
-    for number in (10, 25):
+    for number in (7, 20):
         stops_at(number)
         assert analyze(tiny, tmp_path / 'w', *options) == 130
         assert 'same arguments' in capsys.readouterr().err
@@ -140,8 +140,8 @@ def test_goes_on_after_a_stop(tiny, tmp_path, capsys, monkeypatch):
     stops_at(10**6)
     assert analyze(tiny, tmp_path / 'w', *options) == 0
     assert (tmp_path / 'w' / 'analysis' / 'sensitivity.csv').read_bytes() == whole
-    # 8 quantizers with own and other bits on 2 images, and the model itself: nothing was measured twice
-    assert done == 35 and done + len(calls) == 2 * (2 * 8 + 2) + 2 * (8 + 1)
+    # 8 quantizers and the model itself, in 2 modes on 2 images: nothing was measured twice
+    assert done == 27 and done + len(calls) == 2 * 2 * (8 + 1)
     stops_at(0)
     assert analyze(tiny, tmp_path / 'w', *options) == 0, 'everything is there'
     # under other conditions nothing counts
