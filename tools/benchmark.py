@@ -12,16 +12,22 @@ from projects.instance_segment_anything import ARCHS, SegmentAnything
 from projects.instance_segment_anything.benchmark import DETECTORS, benchmark_detectors, detectors_table
 from ptqsam.benchmark import Setting, benchmark, benchmark_table, profiles
 from ptqsam.benchmark_reconstruct import UNITS, benchmark_reconstruct, reconstruct_table
+from ptqsam.benchmark_sensitivity import benchmark_sensitivity, sensitivity_table
 from ptqsam.config import load_quant_config
 from ptqsam.errors import PTQSAMError
 
-RECIPES = {'forward': 'exp/minmax/w8a8.yaml', 'reconstruct': 'exp/qdrop/w4a4.yaml'}
+RECIPES = {
+    'forward': 'exp/minmax/w8a8.yaml',
+    'reconstruct': 'exp/qdrop/w4a4.yaml',
+    'sensitivity': 'exp/minmax/w4a4.yaml',
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='forward (default): fake-quantized (frozen) over float forward of SAM. reconstruct: one iteration '
-        'of reconstruction over float forward and backward, for single units. detect: boxes of one image by each '
+        'of reconstruction over float forward and backward, for single units. sensitivity: analysis of one image over '
+        'a forward pass per quantizer. detect: boxes of one image by each '
         'detector at its test resolution. Random weights.'
     )
     parser.add_argument('mode', nargs='?', default='forward', choices=[*RECIPES, 'detect'])
@@ -58,6 +64,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
         units = benchmark_reconstruct(setting, args.repeat, args.tokens, args.units, not args.no_memory)
         print(reconstruct_table(units))
         return {'result': units}
+    if args.mode == 'sensitivity':
+        modes = benchmark_sensitivity(setting)
+        print(sensitivity_table(modes))
+        return {'result': modes}
     if args.profile:
         print(profiles(setting))
         return None

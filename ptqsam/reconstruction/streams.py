@@ -134,7 +134,7 @@ class Stream:
                 following.append(arguments.tensors)
                 layout = arguments.layout
             # only now: the segment is still known by its output
-            self.placeholders[index].append(tree_map(_placeholder, output))
+            self.placeholders[index].append(tree_map(placeholder, output))
         self.inputs.clear()
         self.inputs, self.layout = following, layout
         self.position += 1
@@ -191,6 +191,6 @@ def _known(output: Any, *args: Any, **kwargs: Any) -> Any:
     return args[0] if output is None else output
 
 
-def _placeholder(value: Any) -> Any:
+def placeholder(value: Any) -> Any:
     """A tensor of the same shape that takes no memory."""
     return torch.full((), torch.nan, device=value.device).expand(value.shape) if isinstance(value, Tensor) else value

@@ -58,13 +58,14 @@ def plot_quantization_errors(
         figure.savefig(temporary, format='png')
 
 
-def draw_bars(axes: Axes, values: np.ndarray, colours: Sequence[str]) -> list[int]:
-    """Draw one panel and number its lowest bars.
+def draw_bars(axes: Axes, values: np.ndarray, colours: Sequence[str], highest: bool = False) -> list[int]:
+    """Draw one panel and number its worst bars.
 
     Args:
         axes: where to draw.
         values: SQNR in dB (n,), possibly infinite or NaN.
         colours: of each bar.
+        highest: the highest bars are the worst ones. Default False: the lowest.
 
     Returns:
         Indices of the worst quantizers, worst first.
@@ -78,7 +79,8 @@ def draw_bars(axes: Axes, values: np.ndarray, colours: Sequence[str]) -> list[in
         bars[i].set(hatch='////', fill=False, edgecolor=colours[i], linewidth=0.6)
     missing = np.flatnonzero(~known)
     axes.plot(missing, np.zeros(len(missing)), 'x', color='grey', markersize=5, clip_on=False)
-    worst = [i for i in np.argsort(values, kind='stable').tolist() if known[i] and values[i] < math.inf][:WORST]
+    order = np.argsort(-values if highest else values, kind='stable').tolist()
+    worst = [i for i in order if known[i] and values[i] < math.inf][:WORST]
     circle = dict(boxstyle='circle,pad=0.15', facecolor='white', linewidth=0.6)
     for rank, i in enumerate(worst, 1):
         tip = (i, max(heights[i], 0.0))

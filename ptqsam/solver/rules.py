@@ -2,7 +2,7 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -109,6 +109,30 @@ def count_bits(choices: Iterable[Choice]) -> dict[str, dict[str, int]]:
     }
 
 
+def select_points(choices: Sequence[Choice], globs: Sequence[str]) -> list[Choice]:
+    """The decisions for points that one of some globs names, in their order; all of them if there are no globs.
+
+    Args:
+        choices: what the rules decided.
+        globs: over paths, or after `role:` over roles.
+
+    Raises:
+        ConfigError: a glob names none, with the nearest path or role.
+    """
+    for glob in globs:
+        if not any(glob_matches(glob, choice.point) for choice in choices):
+            raise ConfigError(f"'{glob}' matched none of {len(choices)} quantizers{nearest(glob, choices)}")
+    return [choice for choice in choices if not globs or any(glob_matches(glob, choice.point) for glob in globs)]
+
+
+def nearest(glob: str, choices: Iterable[Choice]) -> str:
+    """A path or role that a glob may have meant, in words."""
+    by_role = glob.startswith('role:')
+    known = [f'role:{c.point.role}' if by_role else c.point.path for c in choices]
+    near = difflib.get_close_matches(glob, known, n=1, cutoff=0.0)
+    return f"; nearest: '{near[0]}'" if near else ''
+
+
 class RuleBook:
     """The built-in exclusions and a recipe's rules, and a record of what they decided.
 
@@ -201,9 +225,8 @@ class RuleBook:
         for index, rule in enumerate(self.config.rules):
             for glob in rule.match:
                 if not any(glob_matches(glob, choice.point) for choice in self.choices):
-                    raise ConfigError(
-                        f"rule {index + 1} '{glob}' matched none of {len(self.choices)} quantizers{self._nearest(glob)}"
-                    )
+                    near = nearest(glob, self.choices)
+                    raise ConfigError(f"rule {index + 1} '{glob}' matched none of {len(self.choices)} quantizers{near}")
         if not self.enabled:
             raise ConfigError(
                 f"recipe '{self.config.algorithm}' quantizes nothing: its rules disable all {len(self.choices)} "
@@ -230,13 +253,6 @@ class RuleBook:
                     build_part(OBSERVERS, observer.type, **settings, **observer.kwargs())
             except ConfigError as error:
                 raise ConfigError(f'{where}: {error}') from None
-
-    def _nearest(self, glob: str) -> str:
-        """A path or role that a glob may have meant, in words."""
-        by_role = glob.startswith('role:')
-        known = [f'role:{c.point.role}' if by_role else c.point.path for c in self.choices]
-        near = difflib.get_close_matches(glob, known, n=1, cutoff=0.0)
-        return f"; nearest: '{near[0]}'" if near else ''
 
     def _name(self, index: int, glob: str | None = None) -> str:
         """A rule with all its globs, or with the one that counts."""

@@ -1,0 +1,1 @@
+"""Which quantizer costs what, and why: sensitivity, statistics, histograms (`tools/analyze.py`)."""
