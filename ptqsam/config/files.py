@@ -4,11 +4,12 @@ import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from mmengine.config import Config
 from pydantic import BaseModel, ValidationError
 
+from ptqsam.config.base import Schema
 from ptqsam.config.recipe import QuantConfig
 from ptqsam.errors import ConfigError
 from ptqsam.yaml_files import check_yaml_chain
@@ -66,7 +67,7 @@ def parse_quant_config(raw: dict[str, Any], where: str, options: Collection[str]
     try:
         return QuantConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f'{where}: {_explain(error, options)}') from None
+        raise ConfigError(f'{where}: {explain(error, QuantConfig, options)}') from None
 
 
 def _in_list(option: str) -> bool:
@@ -74,13 +75,19 @@ def _in_list(option: str) -> bool:
     return option.split('.')[0] in LISTS
 
 
-def _explain(error: ValidationError, options: Collection[str]) -> str:
-    """First problem of a ValidationError in one line; unknown keys first, they often cause the others."""
+def explain(error: ValidationError, schema: type[Schema], options: Collection[str] = ()) -> str:
+    """First problem of a ValidationError in one line; unknown keys first, they often cause the others.
+
+    Args:
+        error: what pydantic found.
+        schema: class that was to be validated; its keys are proposed for one that is misspelt.
+        options: dotted keys that the command line gave.
+    """
     problems = sorted(error.errors(), key=lambda p: p['type'] != 'extra_forbidden')
     problem = problems[0]
     key = '.'.join(str(part) for part in problem['loc'])
     if problem['type'] == 'extra_forbidden':
-        known = _known_keys(problem['loc'][:-1])
+        known = _known_keys(schema, problem['loc'][:-1])
         close = difflib.get_close_matches(str(problem['loc'][-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f'known keys: {", ".join(known) or "none"}'
         return f"unknown key '{key}' ({hint})"
@@ -101,14 +108,15 @@ def _explain(error: ValidationError, options: Collection[str]) -> str:
     return f"key '{key}': {message[0].lower() + message[1:]}{got}{advice}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the schema class at a place of the recipe."""
-    schema: Any = QuantConfig
+def _known_keys(schema: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the schema class at a place of a file."""
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = schema.model_fields[part].annotation
-        # tuple[Rule, ...] and Rule | None hold the class among their arguments
-        candidates = [annotation, *getattr(annotation, '__args__', ())]
-        schema = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if get_origin(schema) is dict:  # the part is a key of the user's own
+            schema = get_args(schema)[1]
+        elif isinstance(part, str):
+            schema = schema.model_fields[part].annotation
+        if get_origin(schema) is not dict:
+            # tuple[Rule, ...] and Rule | None hold the class among their arguments
+            candidates = [schema, *get_args(schema)]
+            schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)
     return list(schema.model_fields)
