@@ -1,8 +1,8 @@
-# A SAM of two small blocks with random weights, the same for a seed: runs in seconds and without any checkpoint, to see
+# A small SAM with random weights, the same for a seed: runs in seconds and without any checkpoint, to see
 # whether code still computes what it did (exp/conformance.yaml). Its masks mean nothing.
 _base_ = ['../_base_/runtime.py', '../_base_/scenes.py', '../_base_/sam.py']
 
-size = 128
+size = 64
 pipeline = [
     dict(type='LoadImage'),
     dict(type='ResizeLongestSide', size=size),
@@ -22,8 +22,9 @@ model = dict(
             depth=2,
             num_heads=2,
             global_attn_indexes=(1,),
-            window_size=4,
+            window_size=2,
             out_chans=32,
+            decoder_depth=1,
             decoder_num_heads=2,
             decoder_mlp_dim=64,
             iou_head_hidden_dim=32,

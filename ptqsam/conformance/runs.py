@@ -62,12 +62,14 @@ class Runs:
 
     Attributes:
         outcomes: name -> what became of it, so far.
+        made: folders of scenes that are there.
     """
 
     tools: Path
     work_dir: Path
     entries: dict[str, Entry]
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    made: set[Path] = field(default_factory=set)
 
     def run(self, name: str) -> Outcome:
         """Run an entry, unless its result is there or cannot be; a failure of the run is an outcome, too."""
@@ -139,8 +141,10 @@ class Runs:
             return
         root = self.work_dir / f'scenes_{scenes.train}_{scenes.val}' / 'scenes'
         words = [self.tools / 'make_scenes.py', '--root', root, '--num-train', scenes.train, '--num-val', scenes.val]
-        root.parent.mkdir(parents=True, exist_ok=True)
-        self._call([*map(str, words)], root.parent / 'console.txt')
+        if root not in self.made:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            self._call([*map(str, words)], root.parent / 'console.txt')
+            self.made.add(root)
         before = os.environ.get('PTQSAM_DATA')
         os.environ['PTQSAM_DATA'] = str(root.parent)
         try:
