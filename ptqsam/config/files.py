@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from mmengine.config import Config
 from pydantic import BaseModel, ValidationError
@@ -121,12 +121,14 @@ def _explain(error: ValidationError, schema: type[BaseModel], options: Collectio
 
 
 def _known_keys(schema: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the schema class at a place below another one."""
+    """Names of the fields of the schema class at a place of a file."""
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = schema.model_fields[part].annotation
-        # tuple[Rule, ...] and Rule | None hold the class among their arguments
-        candidates = [annotation, *getattr(annotation, '__args__', ())]
-        schema = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if get_origin(schema) is dict:  # the part is a key of the user's own
+            schema = get_args(schema)[1]
+        elif isinstance(part, str):
+            schema = schema.model_fields[part].annotation
+        if get_origin(schema) is not dict:
+            # tuple[Rule, ...] and Rule | None hold the class among their arguments
+            candidates = [schema, *get_args(schema)]
+            schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)
     return list(schema.model_fields)

@@ -63,7 +63,8 @@ def parts_of(name):
 
 def test_exactly_the_expected_configs_are_there():
     expected = {f'configs/oracle/oracle_{sam}.py' for sam in SAMS} | set(GRID_CONFIGS)
-    expected |= {'configs/demo/demo.py', 'configs/demo/demo_jitter.yaml', 'configs/yolox/yolox-nano_mobile-sam.py'}
+    expected |= {f'configs/demo/demo{name}' for name in ('.py', '_jitter.yaml', '_tiny.py')}
+    expected |= {'configs/yolox/yolox-nano_mobile-sam.py'}
     expected |= {f'configs/hdetr/hdetr_swin-{size}_sam-vit-b.py' for size in 'tl'}
     assert set(CONFIGS) == expected
     assert len(GRID_CONFIGS) == 36
