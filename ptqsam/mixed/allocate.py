@@ -10,6 +10,7 @@ one.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
@@ -235,13 +236,11 @@ def solve(
     if result.x is None:
         reason = 'exclude each other' if result.status == INFEASIBLE else f'led to nothing: {result.message}'
         wanted = ' and '.join(
-            f'{budget.text(budget.least)} .. {budget.text(budget.most)}'
-            if budget.least
-            else budget.text(budget.most)
+            f'{budget.text(budget.least)} .. {budget.text(budget.most)}' if budget.least else budget.text(budget.most)
             for budget in budgets
         )
         raise ConfigError(f'the budgets {wanted} {reason}; raise one of them')
-    options = [int(result.x[a:b].argmax()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    options = [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
     return options, 0.0 if result.status == 0 else float(result.mip_gap)
 
 

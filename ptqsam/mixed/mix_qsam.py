@@ -1,9 +1,9 @@
 """Mix-QSAM's bits: important layers get more, and neighbours that belong together get similar ones (CVPRW 2025).
 
-Importance of a layer: Kullback-Leibler divergence between the outputs with and without its activation, which is zeroed;
-each image's importances are divided by their sum. Synergy of two neighbours: log(1 + mean over images of 1 / |difference
-of their importances|). A layer is a product here, and its factors get equal bits. Methods.md section 8; what that leaves
-open, and what is done about it, is in docs/mixed_precision.md.
+Importance of a layer: Kullback-Leibler divergence between the outputs with and without its activation, which is
+zeroed; each image's importances are divided by their sum. Synergy of two neighbours: log(1 + mean over images of
+1 / |difference of their importances|). A layer is a product here, and its factors get equal bits. Methods.md section 8;
+what that leaves open, and what is done about it, is in docs/mixed_precision.md.
 """
 
 import json
@@ -193,6 +193,11 @@ def read_importance(path: Path, products: Collection[str]) -> Importance:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AssetError(f'{path}: no importances in here ({error}); leave --importance out to measure them') from None
     lengths = {len(values) for values in importance.divergence.values()}
-    if {*importance.divergence} != {*products} or {*importance.macs} != {*products} or len(lengths) != 1 or 0 in lengths:
+    if (
+        {*importance.divergence} != {*products}
+        or {*importance.macs} != {*products}
+        or len(lengths) != 1
+        or 0 in lengths
+    ):
         raise AssetError(f'{path}: importances of another model or recipe; leave --importance out to measure them')
     return importance

@@ -139,9 +139,7 @@ def uniform_costs(products: Sequence[Product], bits: Mapping[str, int]) -> dict[
     return {name: sum(cost[name] for cost in each) for name in each[0]}
 
 
-def uniform_loss(
-    products: Sequence[Product], loss: Callable[[Product, Widths], float], bits: int
-) -> float | None:
+def uniform_loss(products: Sequence[Product], loss: Callable[[Product, Widths], float], bits: int) -> float | None:
     """Loss of a model with the same bits everywhere; None if it is not known."""
     try:
         return sum(loss(product, (bits,) * len(product.factors)) for product in products)

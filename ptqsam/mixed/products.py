@@ -1,9 +1,9 @@
 """What bits are chosen for: the products of a model, and what their two factors take of each resource.
 
-Integer hardware multiplies two factors: input and weight of an operator, q and k, softmax and v. Bit operations are the
-multiplications times the bits of both, so a product's factors are decided together, and every factor lies in exactly one
-product; a factor that the recipe leaves in floating point counts as 32 bits. Weights take what the packed checkpoint
-stores of them (`ptqsam.checkpoint`): codes, and a float32 scale and an 8-bit zero point per channel.
+Integer hardware multiplies two factors: input and weight of an operator, q and k, softmax and v. Bit operations are
+the multiplications times the bits of both, so a product's factors are decided together. Every factor lies in exactly
+one product. A factor that the recipe leaves in floating point counts as 32 bits. Weights take what the packed
+checkpoint stores of them (`ptqsam.checkpoint`): codes, and a float32 scale and an 8-bit zero point per channel.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,9 @@ def product_path(path: str) -> str:
     return parent + PARTNERS[name][1]
 
 
-def list_products(model: nn.Module, choices: Sequence[Choice], numel: dict[str, int], macs: dict[str, int]) -> list[Product]:
+def list_products(
+    model: nn.Module, choices: Sequence[Choice], numel: dict[str, int], macs: dict[str, int]
+) -> list[Product]:
     """Products of a model that have quantized factors, in module order.
 
     Args:

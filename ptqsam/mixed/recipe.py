@@ -15,7 +15,12 @@ WIDTH = 120
 
 
 def recipe_text(
-    path: Path, base: Path, config: QuantConfig, choices: Sequence[Choice], bits: Mapping[str, int], comment: Sequence[str]
+    path: Path,
+    base: Path,
+    config: QuantConfig,
+    choices: Sequence[Choice],
+    bits: Mapping[str, int],
+    comment: Sequence[str],
 ) -> str:
     """The recipe.
 
@@ -39,13 +44,13 @@ def recipe_text(
     points = [choice.point for choice in choices]
     enabled = [choice for choice in choices if choice.enabled]
     for width in sorted(set(bits.values())):
-        for kind, words in (('weight', 'weights'), ('act', 'activations')):
-            wanted = [c for c in enabled if c.point.kind == kind and bits[c.point.path] == width != c.bits]
-            # what has these bits anyway, or is left out, may be named as well
-            harmless = {c.point.path for c in choices if not c.enabled or bits[c.point.path] == width == c.bits}
-            if wanted:
-                globs = shortest_globs([c.point for c in wanted], points, harmless)
-                lines += [f'  # {len(wanted)} {words}', *rule_lines(globs, width)]
+        wanted = [choice.point for choice in enabled if bits[choice.point.path] == width != choice.bits]
+        # what has these bits anyway, or is left out, may be named as well
+        harmless = {c.point.path for c in choices if not c.enabled or bits[c.point.path] == width == c.bits}
+        if wanted:
+            weights = sum(point.kind == 'weight' for point in wanted)
+            lines.append(f'  # {weights} weights and {len(wanted) - weights} activations')
+            lines += rule_lines(shortest_globs(wanted, points, harmless), width)
     if lines[-1] == 'rules:':
         lines[-1] = 'rules: []'
     return '\n'.join(lines) + '\n'

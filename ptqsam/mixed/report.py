@@ -29,7 +29,9 @@ def summary_table(plan: Plan, uniform: Sequence[int], rest: int) -> str:
     """
     products, bits = plan.products, plan.bits
     losses = plan.uniform | ({'mixed': plan.allocation.loss} if plan.uniform else {})
-    rows = [('', 'bits per weight', 'bits per activation', 'weights MB', 'packed MB', 'GBitOps', 'predicted loss')]
+    rows: list[tuple[str, ...]] = [
+        ('', 'bits per weight', 'bits per activation', 'weights MB', 'packed MB', 'GBitOps', 'predicted loss')
+    ]
     ones = uniform_costs(products, dict(weight=1, act=1))
     sums = {'mixed': plan.allocation.costs}
     sums |= {f'W{b}A{b}': uniform_costs(products, dict(weight=b, act=b)) for b in uniform}

@@ -61,7 +61,9 @@ def read_sensitivity(path: Path, loss: str = 'noise') -> Sensitivity:
         raise AssetError(f'{path}: cannot read this sensitivity table ({error})') from None
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing or not rows:
-        raise AssetError(f'{path}: no sensitivity table: {f"lacks column {missing[0]!r}" if missing else "no rows"}; {ADVICE}')
+        raise AssetError(
+            f'{path}: no sensitivity table: {f"lacks column {missing[0]!r}" if missing else "no rows"}; {ADVICE}'
+        )
     table = Sensitivity()
     for line, row in enumerate(rows, 2):
         try:
@@ -100,8 +102,8 @@ def check_sensitivity(path: Path, table: Sensitivity, needed: Mapping[str, Colle
     if absent or foreign:
         example = f'lacks {absent[0]}' if absent else f'has {foreign[0]}, which is not quantized here'
         raise AssetError(
-            f'{path}: is of another model or recipe: it has {len(needed) - len(absent)} of {len(needed)} quantizers and '
-            f'{len(foreign)} others, for example it {example}; {ADVICE}'
+            f'{path}: is of another model or recipe: it has {len(needed) - len(absent)} of {len(needed)} quantizers '
+            f'and {len(foreign)} others, for example it {example}; {ADVICE}'
         )
     for name, widths in needed.items():
         if lacking := sorted(set(widths) - table.losses[name].keys()):

@@ -17,7 +17,6 @@ from mmengine.logging import MMLogger
 
 from ptqsam.cli import cache_folder, check_writable, exit_code_of, expand_folders, load_model_config
 from ptqsam.config import QuantConfig, load_quant_config
-from ptqsam.errors import ConfigError
 from ptqsam.estimate import packed_bytes
 from ptqsam.fileio import write_json, write_text
 from ptqsam.hardware_report import building
@@ -69,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--size-mb', type=amount, metavar='MB|wN', help='of packed weights, or as with N bits')
     parser.add_argument('--bitops', type=amount, metavar='G|wNaM', help='10^9 per image, or as with these bits')
-    parser.add_argument('--average-bits', type=float, metavar='N', help='per weight and per activation value')
+    parser.add_argument('--average-bits', type=positive, metavar='N', help='per weight and per activation value')
     parser.add_argument('--candidates', type=int, nargs='+', default=CANDIDATES, help='bits; default 2 3 4 5 6 8')
     parser.add_argument('--images', type=int, default=4, help='mix_qsam: calibration images to measure on; default 4')
     parser.add_argument('--importance', type=Path, metavar='JSON', help='mix_qsam: importances of an earlier call')
@@ -94,6 +93,11 @@ def amount(text: str) -> float | dict[str, int]:
     """An amount, or the bits of a uniform model: `w4`, `w4a8`."""
     if match := re.fullmatch(r'w([2-8])(?:a([2-8]))?', text.lower()):
         return dict(weight=int(match[1]), act=int(match[2] or match[1]))
+    return positive(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0; anything else is a ValueError, of which argparse makes a message."""
     value = float(text)
     if not 0 < value < float('inf'):
         raise ValueError
@@ -160,9 +164,13 @@ def plan_by_sensitivity(args: argparse.Namespace, rules: RuleBook, model: Any) -
     products = list_products(model.sam, rules.enabled, table.numel, table.macs)
     budgets = make_budgets(products, args.size_mb, args.bitops, args.average_bits)
     options = list_options(products, args.candidates, bounded_kinds(budgets))
-    check_sensitivity(args.sensitivity, table, {path: bits for option in options for path, bits in option.needed.items()})
+    check_sensitivity(
+        args.sensitivity, table, {path: bits for option in options for path, bits in option.needed.items()}
+    )
     units = [option.unit(table.loss) for option in options]
-    uniform = {f'W{b}A{b}': loss for b in args.candidates if (loss := uniform_loss(products, table.loss, b)) is not None}
+    uniform = {
+        f'W{b}A{b}': loss for b in args.candidates if (loss := uniform_loss(products, table.loss, b)) is not None
+    }
     return Plan(budgets, options, allocate(units, budgets), uniform)
 
 

@@ -22,6 +22,12 @@ from ptqsam.solver.rules import RuleBook
 COLUMNS = ('path', 'role', 'kind', 'bits', 'numel', 'macs', 'enabled_sqnr_db', 'enabled_iou')
 
 
+def tiny_sam(folder: Path) -> Any:
+    """The tiny SAM as it is, without its weights."""
+    init_default_scope('mmdet')
+    return MODELS.build(Config.fromfile(folder / 'tiny.py').model).sam
+
+
 def tiny_model(folder: Path, bits: int) -> tuple[Any, RuleBook, Any]:
     """The tiny pipeline's model with quantizers, the rules, and a loader of calibration images with boxes."""
     init_default_scope('mmdet')

@@ -4,18 +4,20 @@ import csv
 import json
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 from safetensors.torch import load_file
 
 from ptqsam import cli
 from ptqsam.config import load_quant_config
-from ptqsam.mixed.plan import make_budgets, uniform_costs
-from ptqsam.mixed.products import list_products
+from ptqsam.mixed.mix_qsam import measure_importance
+from ptqsam.mixed.plan import takes, uniform_costs
+from ptqsam.mixed.products import list_products, product_path
 from ptqsam.mixed.sensitivity import read_sensitivity
 from ptqsam.mixed.tool import main
-from tests.test_mixed.helpers import sensitivity_rows, tiny_model, write_table
+from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.rules import RuleBook
+from tests.test_mixed.helpers import sensitivity_rows, tiny_model, tiny_sam, write_table
 from tests.tiny import ROOT, tool_command
 
 WIDTHS = (2, 4, 8)
@@ -61,6 +63,24 @@ def products_of(tiny, table):
     return list_products(model.sam, rules.enabled, read.numel, read.macs)
 
 
+def totals(products, bits):
+    """What a model with these bits takes of each resource."""
+    each = [takes(product, tuple(bits[factor.path] for factor in product.factors)) for product in products]
+    return {name: sum(cost[name] for cost in each) for name in each[0]}
+
+
+def written_bits(tiny, folder):
+    """Path of a quantizer -> bits that the written recipe gives it."""
+    rules = RuleBook(load_quant_config(folder / 'mixed.yaml'))
+    quantize_model(tiny_sam(tiny), rules)
+    return {choice.point.path: choice.bits for choice in rules.enabled}
+
+
+def own_text(folder):
+    """The written recipe without the comment, which has the command line."""
+    return (folder / 'mixed.yaml').read_text().partition('_base_')[2]
+
+
 def test_recipe_runs_and_keeps_the_size_as_packed(tiny, table, allocate, tmp_path, capsys):
     products = products_of(tiny, table)
     uniform = uniform_costs(products, dict(weight=4, act=4))
@@ -69,15 +89,14 @@ def test_recipe_runs_and_keeps_the_size_as_packed(tiny, table, allocate, tmp_pat
     assert 'proven optimum' in out and 'W4A4' in out
     manifest, tensors = quantize(tiny, tmp_path)
     bits = {path: quantizer['bits'] for path, quantizer in manifest['quantizers'].items()}
-    assert set(bits.values()) == set(WIDTHS)
-    size = packed_weight_bytes(manifest, tensors)
-    assert size == sum(f.packed_bytes(bits[f.path]) for p in products for f in p.factors) <= uniform['size']
-    bitops = sum(p.bit_operations([bits[f.path] for f in p.factors]) for p in products)
-    assert 0 < bitops <= uniform['bitops']
-    losses = {name: read_sensitivity(table).losses[name] for name in bits}
+    assert bits == written_bits(tiny, tmp_path) and set(bits.values()) == set(WIDTHS)
+    taken = totals(products, bits)
+    assert taken['size'] == packed_weight_bytes(manifest, tensors) <= uniform['size']
+    assert 0 < taken['bitops'] <= uniform['bitops']
+    losses = {name: loss for name, loss in read_sensitivity(table).losses.items() if name in bits}
     assert sum(losses[name][bits[name]] for name in bits) < sum(loss[4] for loss in losses.values())
     text = (tmp_path / 'mixed.yaml').read_text()
-    assert f'{size / 1e6:.3f}' in text and 'python tools/allocate_bits.py' in text
+    assert f'{taken["size"] / 1e6:.3f}' in text and 'python tools/allocate_bits.py' in text
     assert (tmp_path / 'work_dirs' / 'mixed' / 'mixed' / 'bits.png').stat().st_size > 10_000
 
 
@@ -90,63 +109,55 @@ def test_uniform_sizes_are_those_of_a_uniform_run(tiny, table, tmp_path):
 def test_average_bits_bound_weights_and_activations(tiny, table, allocate, tmp_path):
     assert allocate('--average-bits', 3.5, '--loss', 'iou') == 0
     products = products_of(tiny, table)
-    limits = {budget.resource: budget.most for budget in make_budgets(products, None, None, 3.5)}
-    config = load_quant_config(tmp_path / 'mixed.yaml')
-    assert config.bits == load_quant_config(tiny / 'recipe.yaml').bits
-    _, rules, _ = tiny_model(tiny, 4)
-    rules = type(rules)(config)
-    bits = {point.path: rules.decide(point).bits for point in (c.point for c in tiny_model(tiny, 4)[1].enabled)}
-    for kind, limit in limits.items():
-        taken = sum(f.numel * bits[f.path] for p in products for f in p.factors if f.kind == kind)
-        assert 0.8 * limit < taken <= limit
+    taken, ones = totals(products, written_bits(tiny, tmp_path)), uniform_costs(products, dict(weight=1, act=1))
+    for kind in ('weight', 'act'):
+        assert 2.8 < taken[kind] / ones[kind] <= 3.5
 
 
-def test_a_budget_of_size_alone_leaves_activations_as_they_are(tiny, table, allocate, tmp_path):
-    # 8 bits for activations: the recipe's
+def test_a_budget_of_size_alone_leaves_activations_as_they_are(tiny, allocate, tmp_path):
     assert allocate('--size-mb', 'w4') == 0
-    bits = Counter(rule.bits for rule in load_quant_config(tmp_path / 'mixed.yaml').rules)
-    text = (tmp_path / 'mixed.yaml').read_text()
-    assert bits and 'activations\n' not in text.split('rules:')[1]
+    bits = written_bits(tiny, tmp_path)
+    assert {width for path, width in bits.items() if not path.endswith('.weight')} == {8}, "the recipe's"
+    assert {width for path, width in bits.items() if path.endswith('.weight')} == set(WIDTHS)
 
 
 def test_order_of_the_table_does_not_matter(table, allocate, tmp_path):
     assert allocate('--bitops', 'w4a4') == 0
-    first = (tmp_path / 'mixed.yaml').read_text().split('_base_')[1]
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    shuffled = write_table(tmp_path / 'shuffled.csv', rows[::-1])
+    first = own_text(tmp_path)
+    shuffled = changed(table, tmp_path, lambda rows: rows[::-1])
     assert allocate('--bitops', 'w4a4', source=('--sensitivity', shuffled)) == 0
-    assert (tmp_path / 'mixed.yaml').read_text().split('_base_')[1] == first
+    assert own_text(tmp_path) == first
 
 
-def test_mix_qsam_measures_and_can_do_without_measuring_again(tiny, allocate, tmp_path, capsys):
-    source = ('--method', 'mix_qsam')
-    budgets = ('--size-mb', 'w4', '--bitops', 'w4a4')
+def test_mix_qsam_measures_and_can_do_without_measuring_again(tiny, allocate, tmp_path):
+    source, budgets = ('--method', 'mix_qsam'), ('--size-mb', 'w4', '--bitops', 'w4a4')
     assert allocate('--images', 2, *budgets, source=source, candidates=range(2, 7)) == 0
-    measured = tmp_path / 'work_dirs' / 'mixed' / 'mixed' / 'importance.json'
+    measured, first = tmp_path / 'work_dirs' / 'mixed' / 'mixed' / 'importance.json', own_text(tmp_path)
     content = json.loads(measured.read_text())
-    assert all(len(values) == 2 for values in content['divergence'].values())
-    assert all(macs > 0 for macs in content['macs'].values())
-    assert sum(value > 0 for values in content['divergence'].values() for value in values) > len(content['macs'])
-    text = (tmp_path / 'mixed.yaml').read_text()
+    assert all(len(values) == 2 and max(values) > 0 for values in content['divergence'].values())
     kept = measured.rename(tmp_path / 'importance.json')
     assert allocate('--importance', kept, *budgets, source=source, candidates=range(2, 7)) == 0
-    assert (tmp_path / 'mixed.yaml').read_text().split('_base_')[1] == text.split('_base_')[1]
-    manifest, tensors = quantize(tiny, tmp_path)
-    bits = {path: quantizer['bits'] for path, quantizer in manifest['quantizers'].items()}
-    assert all(bits[f'{op}.input'] == bits[f'{op}.weight'] for op in (n.removesuffix('.weight') for n in manifest['weights']))
-    products = products_of_importance(tiny, content['macs'])
-    for name, limit in uniform_costs(products, dict(weight=4, act=4)).items():
-        if name in ('size', 'bitops'):
-            costs = [(p.bit_operations([bits[f.path] for f in p.factors]), sum(f.packed_bytes(bits[f.path]) for f in p.factors)) for p in products]
-            assert 0.95 * limit <= sum(cost[name == 'size'] for cost in costs) <= limit
+    assert own_text(tmp_path) == first and not measured.exists()
 
-
-def products_of_importance(tiny, macs):
     model, rules, _ = tiny_model(tiny, 4)
-    from ptqsam.mixed.products import product_path
+    paths = [choice.point.path for choice in rules.enabled]
+    products = list_products(model.sam, rules.enabled, {}, {p: content['macs'][product_path(p)] for p in paths})
+    bits = written_bits(tiny, tmp_path)
+    assert all(len({bits[factor.path] for factor in product.factors}) == 1 for product in products)
+    taken, uniform = totals(products, bits), uniform_costs(products, dict(weight=4, act=4))
+    for name in ('size', 'bitops'):
+        assert 0.95 * uniform[name] <= taken[name] <= uniform[name]
 
-    return list_products(model.sam, rules.enabled, {}, {c.point.path: macs[product_path(c.point.path)] for c in rules.enabled})
+
+def test_multiplications_are_those_of_the_table(tiny, table):
+    """Two ways of counting: hooks of the hardware report on a run of the tool's own, and the table's."""
+    model, _, loader = tiny_model(tiny, 4)
+    paths = ['image_encoder.blocks.0.mlp.lin1', 'image_encoder.blocks.1.attn.qk', 'image_encoder.neck.0']
+    measured = measure_importance(model, model.sam, loader, paths, 4, 0)
+    by_hand = [16 * 32 * 128, 16 * 16 * 32, 16 * 32 * 16]
+    assert list(measured.macs.values()) == by_hand
+    of_table = {product.path: product.macs for product in products_of(tiny, table)}
+    assert [of_table[path] for path in paths] == by_hand
 
 
 def changed(table, tmp_path, change):
@@ -194,16 +205,25 @@ def test_infeasible_budget_names_the_smallest(allocate, capsys):
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        (['--candidates', '1', '4'], '--candidates: 1 is not a bit width'),
-        (['--size-mb', 'w9'], '--size-mb'),
-        (['--bitops', '-3'], '--bitops'),
+        (['--average-bits', 4, '--candidates', 1, 4], '--candidates: 1 is not a bit width'),
+        (['--size-mb', 'w9'], '--size-mb: invalid'),
+        (['--bitops', '0'], '--bitops: invalid'),
+        (['--average-bits', 'nan'], '--average-bits: invalid'),
         ([], 'give a budget'),
     ],
 )
-def test_bad_usage(tiny, table, tmp_path, options, words):
-    tool = tool_command(tiny / 'tiny.py', tiny / 'recipe.yaml', '--sensitivity', table, '--output', 'x.yaml')
-    budget = ['--average-bits', '4'] if options and '--candidates' in options else []
-    command = [sys.executable, str(ROOT / 'tools' / 'allocate_bits.py'), *tool['args'][2:], *options, *budget]
+def test_bad_usage(tiny, table, tmp_path, capsys, options, words):
+    output = tmp_path / 'x.yaml'
+    arguments = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--sensitivity', table, '--output', output, *options]
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_tool_as_a_user_runs_it(tiny, table, tmp_path):
+    tool = tool_command(tiny / 'tiny.py', tiny / 'none.yaml', '--sensitivity', table, '--output', 'x.yaml')
+    command = [sys.executable, str(ROOT / 'tools' / 'allocate_bits.py'), *tool['args'][2:], '--average-bits', '4']
     result = subprocess.run(command, env=tool['env'], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and words in result.stderr and 'Traceback' not in result.stderr
-    assert not (tmp_path / 'x.yaml').exists()
+    assert result.returncode == 2
+    assert result.stderr.startswith('error: ') and 'no such recipe' in result.stderr and result.stderr.count('\n') == 1
