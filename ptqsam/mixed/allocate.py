@@ -58,9 +58,9 @@ class Budget:
     words: str = ''
     unit: float = 1
 
-    def text(self, amount: float) -> str:
+    def text(self, amount: float, digits: int = 12) -> str:
         """An amount in words."""
-        return f'{amount / self.unit:.12g} {self.words or self.resource}'
+        return f'{amount / self.unit:.{digits}g} {self.words or self.resource}'
 
 
 @dataclass(frozen=True)

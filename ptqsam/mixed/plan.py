@@ -83,7 +83,7 @@ class Plan:
     @property
     def budget_text(self) -> str:
         """All budgets in words."""
-        return ' and '.join(budget.text(budget.most) for budget in self.budgets)
+        return ' and '.join(budget.text(budget.most, 6) for budget in self.budgets)
 
 
 def takes(product: Product, widths: Widths) -> dict[str, int]:

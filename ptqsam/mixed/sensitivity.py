@@ -108,6 +108,6 @@ def check_sensitivity(path: Path, table: Sensitivity, needed: Mapping[str, Colle
     for name, widths in needed.items():
         if lacking := sorted(set(widths) - table.losses[name].keys()):
             raise AssetError(
-                f'{path}: {name} was not measured at {lacking[0]} bits; choose --candidates '
-                f'{" ".join(map(str, table.bits)) or "that all rows have"}, or measure more with tools/analyze.py'
+                f'{path}: {name} was not measured at {lacking[0]} bits; choose other --candidates '
+                f'(all rows have {" ".join(map(str, table.bits)) or "none in common"}), or measure more'
             )

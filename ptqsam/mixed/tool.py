@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from ptqsam.solver.datasets import build_calib_loader, build_dataset, image_name
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 
-CANDIDATES = (2, 3, 4, 5, 6, 8)
+# Mix-QSAM's at a target of 4 bits
+CANDIDATES = [2, 3, 4, 5, 6]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--size-mb', type=amount, metavar='MB|wN', help='of packed weights, or as with N bits')
     parser.add_argument('--bitops', type=amount, metavar='G|wNaM', help='10^9 per image, or as with these bits')
     parser.add_argument('--average-bits', type=positive, metavar='N', help='per weight and per activation value')
-    parser.add_argument('--candidates', type=int, nargs='+', default=CANDIDATES, help='bits; default 2 3 4 5 6 8')
+    parser.add_argument('--candidates', type=int, nargs='+', help='default those of the table; mix_qsam: 2 3 4 5 6')
     parser.add_argument('--images', type=int, default=4, help='mix_qsam: calibration images to measure on; default 4')
     parser.add_argument('--importance', type=Path, metavar='JSON', help='mix_qsam: importances of an earlier call')
     parser.add_argument('--work-dir', type=Path, help='picture and importances go here, default work_dirs/mixed/NAME')
@@ -80,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error('give a budget: --size-mb, --bitops or --average-bits')
     if args.output.suffix not in ('.yaml', '.yml'):
         parser.error('--output must be a YAML file')
-    if wrong := [bits for bits in args.candidates if not 2 <= bits <= 8]:
+    if wrong := [bits for bits in args.candidates or () if not 2 <= bits <= 8]:
         parser.error(f'--candidates: {wrong[0]} is not a bit width from 2 to 8')
     if args.method and args.average_bits is not None:
         parser.error('--average-bits is for --sensitivity; mix_qsam has budgets of --size-mb and --bitops')
@@ -117,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
         PTQSAMError: anything that the user can cause or cure.
     """
     expand_folders()
+    args.candidates = sorted(set(args.candidates or (CANDIDATES if args.method else ())))
     recipe = load_quant_config(args.quant_config, {'calibration.num_images': args.images} if args.method else {})
     config = load_model_config(args.model_config, args.cfg_options)
     work_dir = args.work_dir or Path('work_dirs') / 'mixed' / args.output.stem
@@ -128,11 +131,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         plan = plan_by_sensitivity(args, rules, model)
     rest = packed_bytes(model.sam) - sum(f.packed_bytes(f.bits) for product in plan.products for f in product.factors)
-    table = summary_table(plan, sorted(args.candidates), rest)
+    table = summary_table(plan, args.candidates, rest)
     title = f'{plan.proof} under {plan.budget_text}'
     comment = [
         f'Bits of {Path(args.model_config).stem}: {title}. Made by',
-        f'python tools/allocate_bits.py {args.command}',
+        *wrap(f'python tools/allocate_bits.py {args.command}', 100, break_long_words=False, break_on_hyphens=False),
         *table.splitlines(),
     ]
     text = recipe_text(args.output, Path(args.quant_config), recipe, rules.choices, plan.bits, comment)
@@ -161,6 +164,7 @@ def build_model(args: argparse.Namespace, config: Config, recipe: QuantConfig) -
 def plan_by_sensitivity(args: argparse.Namespace, rules: RuleBook, model: Any) -> Plan:
     """Least sum of the losses that quantizers cause alone."""
     table = read_sensitivity(args.sensitivity, args.loss)
+    args.candidates = args.candidates or table.bits
     products = list_products(model.sam, rules.enabled, table.numel, table.macs)
     budgets = make_budgets(products, args.size_mb, args.bitops, args.average_bits)
     options = list_options(products, args.candidates, bounded_kinds(budgets))
