@@ -1,0 +1,110 @@
+"""What bits are chosen for: the products of a model, and what their two factors take of each resource.
+
+Integer hardware multiplies two factors: input and weight of an operator, q and k, softmax and v. Bit operations are
+the multiplications times the bits of both, so a product's factors are decided together. Every factor lies in exactly
+one product. A factor that the recipe leaves in floating point counts as 32 bits. Weights take what the packed
+checkpoint stores of them (`ptqsam.checkpoint`): codes, and a float32 scale and an 8-bit zero point per channel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ptqsam.modules.walk import quant_ops
+from ptqsam.solver.rules import Choice
+
+FLOAT_BITS = 32
+# last part of a factor's path -> of the other one's, and of the product's
+PARTNERS = {
+    'input': ('weight', ''),
+    'weight': ('input', ''),
+    'q': ('k', '.qk'),
+    'k': ('q', '.qk'),
+    'softmax': ('v', '.softmax_v'),
+    'v': ('softmax', '.softmax_v'),
+}
+# bytes of a channel's scale and zero point
+CHANNEL_BYTES = 5
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A quantized factor of a product.
+
+    Attributes:
+        path: of its quantizer.
+        role: of its quantizer.
+        kind: 'weight' or 'act'.
+        bits: what the recipe gives it.
+        numel: values of a weight, or of an activation per image.
+        channels: of a weight, that have a scale of their own; 0 for an activation.
+    """
+
+    path: str
+    role: str
+    kind: str
+    bits: int
+    numel: int
+    channels: int = 0
+
+    def packed_bytes(self, bits: int) -> int:
+        """Bytes of a weight in the packed checkpoint; 0 for an activation."""
+        return -(-self.numel * bits // 8) + CHANNEL_BYTES * self.channels if self.kind == 'weight' else 0
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product with one or two quantized factors.
+
+    Attributes:
+        path: of the operator, or of the attention with the kind of the product, as in `ptqsam.hardware`.
+        factors: those that are quantized, in module order.
+        macs: multiplications per image.
+    """
+
+    path: str
+    factors: tuple[Factor, ...]
+    macs: int
+
+    def bit_operations(self, bits: Sequence[int]) -> int:
+        """Multiplications times the bits of both factors.
+
+        Args:
+            bits: of the quantized factors.
+        """
+        left, right = (*bits, FLOAT_BITS)[:2]
+        return self.macs * left * right
+
+
+def product_path(path: str) -> str:
+    """Path of the product that a quantizer's tensor is a factor of."""
+    parent, _, name = path.rpartition('.')
+    return parent + PARTNERS[name][1]
+
+
+def list_products(
+    model: nn.Module, choices: Sequence[Choice], numel: dict[str, int], macs: dict[str, int]
+) -> list[Product]:
+    """Products of a model that have quantized factors, in module order.
+
+    Args:
+        model: SAM with quant modules; may lie on the meta device.
+        choices: quantizers that the rules put in.
+        numel: path of an activation's quantizer -> values per image.
+        macs: path of a quantizer -> multiplications per image of the product it feeds.
+    """
+    weights = {quantizer.path: (op.weight, op.weight_ch_axis) for _, op, quantizer in quant_ops(model)}
+    groups: dict[str, list[Factor]] = {}
+    for choice in choices:
+        point = choice.point
+        values, channels = numel.get(point.path, 0), 0
+        if point.kind == 'weight':
+            weight, axis = weights[point.path]
+            values, channels = weight.numel(), weight.shape[axis]
+        factor = Factor(point.path, point.role, point.kind, choice.bits, values, channels)
+        groups.setdefault(product_path(point.path), []).append(factor)
+    return [
+        Product(path, tuple(factors), max(macs.get(factor.path, 0) for factor in factors))
+        for path, factors in groups.items()
+    ]

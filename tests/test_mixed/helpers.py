@@ -1,0 +1,101 @@
+"""A sensitivity table by brute force: what tools/analyze.py measures, on one image of the tiny pipeline."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from ptqsam.config import load_quant_config
+from ptqsam.hardware import Meter
+from ptqsam.mixed.products import product_path
+from ptqsam.modules.walk import act_quantizers, quant_ops, quantizers, quantizers_off
+from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights
+from ptqsam.solver.datasets import build_calib_loader
+from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.rules import RuleBook
+
+COLUMNS = ('path', 'role', 'kind', 'bits', 'numel', 'macs', 'enabled_sqnr_db', 'enabled_iou')
+
+
+def tiny_sam(folder: Path) -> Any:
+    """The tiny SAM as it is, without its weights."""
+    init_default_scope('mmdet')
+    return MODELS.build(Config.fromfile(folder / 'tiny.py').model).sam
+
+
+def tiny_model(folder: Path, bits: int) -> tuple[Any, RuleBook, Any]:
+    """The tiny pipeline's model with quantizers, the rules, and a loader of calibration images with boxes."""
+    init_default_scope('mmdet')
+    config = Config.fromfile(folder / 'tiny.py')
+    options = {'bits': dict(weight=bits, act=bits), 'calibration.num_images': 1}
+    rules = RuleBook(load_quant_config(folder / 'recipe.yaml', options))
+    model = MODELS.build(config.model).eval().requires_grad_(False)
+    model.init_weights()
+    quantize_model(model.sam, rules)
+    loader = build_calib_loader(config.calib_dataset, rules.config, (), 0, MMLogger.get_current_instance())
+    model.attach_boxes(loader.dataset, folder)
+    return model, rules, loader
+
+
+@torch.no_grad()
+def sensitivity_rows(folder: Path, bits: int) -> list[dict[str, Any]]:
+    """One row per quantizer of the tiny recipe with so many bits."""
+    model, rules, loader = tiny_model(folder, bits)
+    calibrate_activations(model, model.sam, loader, 4, 0)
+    calibrate_weights(model.sam)
+    ((image, boxes),) = model.sam_inputs(next(iter(loader)))
+    numel, macs = {path: op.weight.numel() for path, op in named_weights(model.sam)}, {}
+    handles = [
+        quantizer.register_forward_pre_hook(lambda module, args: numel.update({module.path: args[0].numel()}))
+        for quantizer in act_quantizers(model.sam)
+    ]
+    meter = Meter(model.sam, {}, 1)
+    exact = None
+    rows = []
+    points = {choice.point.path: choice.point for choice in rules.enabled}
+    for quantizer in (None, *quantizers(model.sam)):
+        with quantizers_off(model.sam):
+            if quantizer is not None:
+                quantizer.mode = 'quantize'
+            logits, _ = model.decode_logits(model.encode(image), boxes)
+        if quantizer is None:
+            exact = logits
+            macs = {product.path: product.macs for product in meter.products}
+            meter.remove()
+            for handle in handles:
+                handle.remove()
+            continue
+        error, (a, b) = (logits - exact).square().sum(), (logits > 0, exact > 0)
+        point = points[quantizer.path]
+        rows.append(
+            dict(
+                path=point.path,
+                role=point.role,
+                kind=point.kind,
+                bits=bits,
+                numel=numel[point.path],
+                macs=macs[product_path(point.path)],
+                enabled_sqnr_db=float(10 * torch.log10(exact.square().sum() / error)),
+                enabled_iou=float((a & b).sum() / (a | b).sum().clamp(min=1)),
+            )
+        )
+    return rows
+
+
+def named_weights(sam: torch.nn.Module) -> Any:
+    """Path of a weight's quantizer, and its operator."""
+    return [(quantizer.path, op) for _, op, quantizer in quant_ops(sam)]
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as a sensitivity table."""
+    with path.open('w', newline='') as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        table.writerows(rows)
+    return path

@@ -1,0 +1,229 @@
+"""tools/allocate_bits.py from a table to a recipe that runs, on the tiny pipeline; budgets as packed; bad input."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from ptqsam import cli
+from ptqsam.config import load_quant_config
+from ptqsam.mixed.mix_qsam import measure_importance
+from ptqsam.mixed.plan import takes, uniform_costs
+from ptqsam.mixed.products import list_products, product_path
+from ptqsam.mixed.sensitivity import read_sensitivity
+from ptqsam.mixed.tool import main
+from ptqsam.solver.prepare import quantize_model
+from ptqsam.solver.rules import RuleBook
+from tests.test_mixed.helpers import sensitivity_rows, tiny_model, tiny_sam, write_table
+from tests.tiny import ROOT, tool_command
+
+WIDTHS = (2, 4, 8)
+
+
+@pytest.fixture(scope='module')
+def table(tiny, tmp_path_factory):
+    """A sensitivity table of the tiny pipeline."""
+    rows = [row for bits in WIDTHS for row in sensitivity_rows(tiny, bits)]
+    return write_table(tmp_path_factory.mktemp('table') / 'sensitivity.csv', rows)
+
+
+@pytest.fixture
+def allocate(tiny, table, tmp_path, monkeypatch):
+    """Call the tool in a folder of its own: options -> exit code; writes mixed.yaml."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options, source=('--sensitivity', table), candidates=WIDTHS):
+        arguments = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--output', tmp_path / 'mixed.yaml', *source, *options]
+        return main([str(argument) for argument in (*arguments, '--candidates', *candidates)])
+
+    return call
+
+
+def quantize(tiny, folder):
+    """Run the written recipe; returns the manifest and the packed tensors."""
+    run = [str(tiny / 'tiny.py'), str(folder / 'mixed.yaml'), '--limit', '1', '--work-dir', str(folder / 'w')]
+    assert cli.main(run) == 0
+    packed = folder / 'w' / 'packed'
+    return json.loads((packed / 'manifest.json').read_text()), load_file(packed / 'model.safetensors')
+
+
+def packed_weight_bytes(manifest, tensors):
+    """Bytes of quantized weights in a packed checkpoint: codes, scales and zero points."""
+    parts = ('weight', 'weight_quantizer.scale', 'weight_quantizer.zero_point')
+    layers = [name.removesuffix('.weight') for name in manifest['weights']]
+    return sum(tensors[f'{layer}.{part}'].nbytes for layer in layers for part in parts)
+
+
+def products_of(tiny, table):
+    model, rules, _ = tiny_model(tiny, 4)
+    read = read_sensitivity(table)
+    return list_products(model.sam, rules.enabled, read.numel, read.macs)
+
+
+def totals(products, bits):
+    """What a model with these bits takes of each resource."""
+    each = [takes(product, tuple(bits[factor.path] for factor in product.factors)) for product in products]
+    return {name: sum(cost[name] for cost in each) for name in each[0]}
+
+
+def written_bits(tiny, folder):
+    """Path of a quantizer -> bits that the written recipe gives it."""
+    rules = RuleBook(load_quant_config(folder / 'mixed.yaml'))
+    quantize_model(tiny_sam(tiny), rules)
+    return {choice.point.path: choice.bits for choice in rules.enabled}
+
+
+def own_text(folder):
+    """The written recipe without the comment, which has the command line."""
+    return (folder / 'mixed.yaml').read_text().partition('_base_')[2]
+
+
+def test_recipe_runs_and_keeps_the_size_as_packed(tiny, table, allocate, tmp_path, capsys):
+    products = products_of(tiny, table)
+    uniform = uniform_costs(products, dict(weight=4, act=4))
+    assert allocate('--size-mb', f'{uniform["size"] / 1e6:.6f}', '--bitops', 'w4a4') == 0
+    out = capsys.readouterr().out
+    assert 'proven optimum' in out and 'W4A4' in out
+    manifest, tensors = quantize(tiny, tmp_path)
+    bits = {path: quantizer['bits'] for path, quantizer in manifest['quantizers'].items()}
+    assert bits == written_bits(tiny, tmp_path) and set(bits.values()) == set(WIDTHS)
+    taken = totals(products, bits)
+    assert taken['size'] == packed_weight_bytes(manifest, tensors) <= uniform['size']
+    assert 0 < taken['bitops'] <= uniform['bitops']
+    losses = {name: loss for name, loss in read_sensitivity(table).losses.items() if name in bits}
+    assert sum(losses[name][bits[name]] for name in bits) < sum(loss[4] for loss in losses.values())
+    text = (tmp_path / 'mixed.yaml').read_text()
+    assert f'{taken["size"] / 1e6:.3f}' in text and 'python tools/allocate_bits.py' in text
+    assert (tmp_path / 'work_dirs' / 'mixed' / 'mixed' / 'bits.png').stat().st_size > 10_000
+
+
+def test_uniform_sizes_are_those_of_a_uniform_run(tiny, table, tmp_path):
+    (tmp_path / 'mixed.yaml').write_text(f'_base_: {tiny / "recipe.yaml"}\nbits: {{weight: 5, act: 4}}\n')
+    size = packed_weight_bytes(*quantize(tiny, tmp_path))
+    assert uniform_costs(products_of(tiny, table), dict(weight=5, act=4))['size'] == size
+
+
+def test_average_bits_bound_weights_and_activations(tiny, table, allocate, tmp_path):
+    assert allocate('--average-bits', 3.5, '--loss', 'iou') == 0
+    products = products_of(tiny, table)
+    taken, ones = totals(products, written_bits(tiny, tmp_path)), uniform_costs(products, dict(weight=1, act=1))
+    for kind in ('weight', 'act'):
+        assert 2.8 < taken[kind] / ones[kind] <= 3.5
+
+
+def test_a_budget_of_size_alone_leaves_activations_as_they_are(tiny, allocate, tmp_path):
+    assert allocate('--size-mb', 'w4') == 0
+    bits = written_bits(tiny, tmp_path)
+    assert {width for path, width in bits.items() if not path.endswith('.weight')} == {8}, "the recipe's"
+    assert {width for path, width in bits.items() if path.endswith('.weight')} == set(WIDTHS)
+
+
+def test_order_of_the_table_does_not_matter(table, allocate, tmp_path):
+    assert allocate('--bitops', 'w4a4') == 0
+    first = own_text(tmp_path)
+    shuffled = changed(table, tmp_path, lambda rows: rows[::-1])
+    assert allocate('--bitops', 'w4a4', source=('--sensitivity', shuffled)) == 0
+    assert own_text(tmp_path) == first
+
+
+def test_mix_qsam_measures_and_can_do_without_measuring_again(tiny, allocate, tmp_path):
+    source, budgets = ('--method', 'mix_qsam'), ('--size-mb', 'w4', '--bitops', 'w4a4')
+    assert allocate('--images', 2, *budgets, source=source, candidates=range(2, 7)) == 0
+    measured, first = tmp_path / 'work_dirs' / 'mixed' / 'mixed' / 'importance.json', own_text(tmp_path)
+    content = json.loads(measured.read_text())
+    assert all(len(values) == 2 and max(values) > 0 for values in content['divergence'].values())
+    kept = measured.rename(tmp_path / 'importance.json')
+    assert allocate('--importance', kept, *budgets, source=source, candidates=range(2, 7)) == 0
+    assert own_text(tmp_path) == first and not measured.exists()
+
+    model, rules, _ = tiny_model(tiny, 4)
+    paths = [choice.point.path for choice in rules.enabled]
+    products = list_products(model.sam, rules.enabled, {}, {p: content['macs'][product_path(p)] for p in paths})
+    bits = written_bits(tiny, tmp_path)
+    assert all(len({bits[factor.path] for factor in product.factors}) == 1 for product in products)
+    taken, uniform = totals(products, bits), uniform_costs(products, dict(weight=4, act=4))
+    for name in ('size', 'bitops'):
+        assert 0.95 * uniform[name] <= taken[name] <= uniform[name]
+
+
+def test_multiplications_are_those_of_the_table(tiny, table):
+    """Two ways of counting: hooks of the hardware report on a run of the tool's own, and the table's."""
+    model, _, loader = tiny_model(tiny, 4)
+    paths = ['image_encoder.blocks.0.mlp.lin1', 'image_encoder.blocks.1.attn.qk', 'image_encoder.neck.0']
+    measured = measure_importance(model, model.sam, loader, paths, 4, 0)
+    by_hand = [16 * 32 * 128, 16 * 16 * 32, 16 * 32 * 16]
+    assert list(measured.macs.values()) == by_hand
+    of_table = {product.path: product.macs for product in products_of(tiny, table)}
+    assert [of_table[path] for path in paths] == by_hand
+
+
+def changed(table, tmp_path, change):
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    return write_table(tmp_path / 'changed.csv', change(rows))
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda rows: [row for row in rows if 'neck' not in row['path']], 'another model or recipe'),
+        (lambda rows: [*rows, rows[0] | {'path': 'image_encoder.blocks.7.q'}], 'image_encoder.blocks.7.q'),
+        (lambda rows: rows[1:], 'was not measured at 2 bits'),
+        (lambda rows: [rows[0] | {'enabled_sqnr_db': 'x'}, *rows[1:]], 'line 2 has a value that is no number'),
+        (lambda rows: [rows[0] | {'enabled_sqnr_db': 'nan'}, *rows[1:]], 'line 2 has a value that is no number'),
+        (lambda rows: [], 'no rows'),
+    ],
+)
+def test_tables_that_do_not_fit_are_one_line(table, allocate, tmp_path, capsys, change, words):
+    path = changed(table, tmp_path, change)
+    assert allocate('--average-bits', 4, source=('--sensitivity', path)) == 3
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and words in error[0] and str(path) in error[0]
+    assert not (tmp_path / 'mixed.yaml').exists()
+
+
+def test_missing_table_and_missing_column(allocate, table, tmp_path, capsys):
+    assert allocate('--average-bits', 4, source=('--sensitivity', tmp_path / 'none.csv')) == 3
+    assert 'no such sensitivity table' in capsys.readouterr().err
+    (tmp_path / 'bare.csv').write_text('path,bits\na,4\n')
+    assert allocate('--average-bits', 4, source=('--sensitivity', tmp_path / 'bare.csv')) == 3
+    assert "lacks column 'kind'" in capsys.readouterr().err
+
+
+def test_infeasible_budget_names_the_smallest(allocate, capsys):
+    assert allocate('--average-bits', 1.5) == 2
+    assert 'the lowest candidates take 2 bits per weight, which is the smallest feasible one' in capsys.readouterr().err
+    assert allocate('--size-mb', 0.001) == 2
+    message = capsys.readouterr().err
+    smallest = message.split('candidates take ')[1].split(' MB')[0]
+    assert allocate('--size-mb', smallest) == 0
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (['--average-bits', 4, '--candidates', 1, 4], '--candidates: 1 is not a bit width'),
+        (['--size-mb', 'w9'], '--size-mb: invalid'),
+        (['--bitops', '0'], '--bitops: invalid'),
+        (['--average-bits', 'nan'], '--average-bits: invalid'),
+        ([], 'give a budget'),
+    ],
+)
+def test_bad_usage(tiny, table, tmp_path, capsys, options, words):
+    output = tmp_path / 'x.yaml'
+    arguments = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--sensitivity', table, '--output', output, *options]
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_tool_as_a_user_runs_it(tiny, table, tmp_path):
+    tool = tool_command(tiny / 'tiny.py', tiny / 'none.yaml', '--sensitivity', table, '--output', 'x.yaml')
+    command = [sys.executable, str(ROOT / 'tools' / 'allocate_bits.py'), *tool['args'][2:], '--average-bits', '4']
+    result = subprocess.run(command, env=tool['env'], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith('error: ') and 'no such recipe' in result.stderr and result.stderr.count('\n') == 1
