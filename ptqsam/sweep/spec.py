@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from ptqsam.config.base import Schema
 from ptqsam.config.files import check_schema
 from ptqsam.errors import ConfigError
+from ptqsam.yaml_files import StrictLoader
 
 Scalar = bool | int | float | str | None
 # a value of an axis; a list is one value, as `reconstruction.b_range: [[20, 2]]`
@@ -106,7 +107,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     if path.suffix not in ('.yaml', '.yml') or not path.is_file():
         raise ConfigError(f'{path}: no such sweep; sweeps lie in exp/sweeps/')
     try:
-        raw = yaml.safe_load(path.read_text(encoding='utf-8'))
+        raw = yaml.load(path.read_text(encoding='utf-8'), Loader=StrictLoader)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f'{path}: cannot read this YAML ({" ".join(str(error).split())})') from None
     if not isinstance(raw, Mapping):
