@@ -45,7 +45,8 @@ def test_files(finished):
     _, work_dir = finished
     assert {path.name for path in work_dir.iterdir()} >= FILES
     assert not list(work_dir.rglob('.*')), 'temporary files left'
-    assert len(list((work_dir / 'masks').iterdir())) == 2
+    assert len(list((work_dir / 'masks').glob('*.jpg'))) == 2
+    assert len(json.loads((work_dir / 'masks' / 'index.json').read_text())) == 2
     rows = list(csv.DictReader((work_dir / 'summary.csv').open()))
     assert {row['kind'] for row in rows} == {'act', 'weight'}
     assert all(float(row['sqnr_db']) > 0 for row in rows)
