@@ -29,6 +29,7 @@ class Record:
         folder: its work dir.
         seconds: wall time of all attempts; None if that is not known.
         host: where the last attempt ran, '' if that is not known.
+        words: arguments of `tools/test_quant.py` without those that say where things go; none if they are not known.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Record:
     folder: Path
     seconds: float | None
     host: str
+    words: tuple[str, ...] = ()
 
 
 def is_sweep(folder: Path) -> bool:
@@ -84,6 +86,7 @@ def read_records(folder: Path) -> list[Record]:
                 folder=cell_folder,
                 seconds=row.seconds,
                 host=row.host,
+                words=(spec['model'], spec['recipe'], *spec['arguments']),
             )
         )
     return records

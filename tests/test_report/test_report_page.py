@@ -11,7 +11,7 @@ from PIL import Image
 
 from ptqsam.cli import parse_args
 from ptqsam.report.page import build
-from ptqsam.report.page.commands import recipe_file, run_command
+from ptqsam.report.page.commands import analysis_command, recipe_file, run_command
 from ptqsam.report.page.pictures import WIDTH, Album
 from ptqsam.report.page.tool import main
 from tests.test_report.artefacts import write_artefacts, write_masks
@@ -144,6 +144,15 @@ def test_a_run_alone(one, capsys):
     # worst first, as the list says
     assert [int(n) for n in re.findall(r'alt="image (\d)', page)] == [0, 1, 2]
     assert 'exp/mse/w4a4.yaml' in page and 'configs/oracle/oracle_mobile-sam.py' in page
+
+
+def test_commands_of_a_cell_are_those_it_was_run_with():
+    words = ('my.py', 'mine.yaml', '--eval-fp', '--limit', '3', '--quant-options', 'calibration.num_images=1')
+    record = run(0.2, words=words, seed=4)
+    assert shlex.split(run_command(record)) == ['python', 'tools/test_quant.py', *words]
+    analysis = shlex.split(analysis_command(record))
+    assert analysis[:4] == ['python', 'tools/analyze.py', 'my.py', 'mine.yaml']
+    assert analysis[4:6] == ['--quant-options', 'calibration.num_images=1'] and '--limit' not in analysis
 
 
 def test_commands_are_those_of_the_run():

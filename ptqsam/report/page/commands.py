@@ -1,12 +1,14 @@
 """Commands that make what a page shows, as a reader can type them."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from ptqsam.report.grid import option_text
 from ptqsam.sweep.records import Record
 
 ROOT = Path(__file__).resolve().parents[3]
+MAIN = 'tools/test_quant.py'
 
 
 def run_command(record: Record, *more: str) -> str:
@@ -16,7 +18,7 @@ def run_command(record: Record, *more: str) -> str:
         record: the run.
         more: further arguments.
     """
-    return _command('tools/test_quant.py', record, *more)
+    return _command(MAIN, record, *more)
 
 
 def masks_command(record: Record) -> str:
@@ -30,6 +32,10 @@ def analysis_command(record: Record) -> str:
 
 
 def _command(tool: str, record: Record, *more: str) -> str:
+    if record.words:
+        return shlex.join(
+            ('python', tool, *(record.words if tool == MAIN else without_evaluation(record.words)), *more)
+        )
     options: dict[str, list[str]] = {'--quant-options': [], '--cfg-options': []}
     for key, value in record.options.items():
         option = '--cfg-options' if key.startswith('cfg:') else '--quant-options'
@@ -37,6 +43,15 @@ def _command(tool: str, record: Record, *more: str) -> str:
     given = [word for option, values in options.items() if values for word in (option, *values)]
     words = ('python', tool, pipeline_file(record), recipe_file(record), '--seed', str(record.seed))
     return shlex.join((*words, *given, *more))
+
+
+def without_evaluation(words: Sequence[str]) -> list[str]:
+    """Arguments of `tools/test_quant.py` without those about the evaluated images."""
+    kept = [word for word in words if word != '--eval-fp']
+    if '--limit' in kept:
+        place = kept.index('--limit')
+        del kept[place : place + 2]
+    return kept
 
 
 def pipeline_file(record: Record) -> str:
