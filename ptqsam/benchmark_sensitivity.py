@@ -57,7 +57,7 @@ def benchmark_sensitivity(setting: Setting) -> dict[str, dict[str, float]]:
     switches = Switches(quantized, {name: weights[f'{name}.weight'] for name, _, _ in quant_ops(quantized)})
     model = PromptedSAM(quantized)
     subject = Subject(model, switches, RuleBook(setting.recipe), '')
-    side = quantized.image_size
+    side = model.sam.image_size
     corners = torch.rand(BOXES, 2, 2, device=setting.device).sort(dim=1).values
     sample = Sample(torch.randn(1, 3, side, side, device=setting.device), corners.flatten(1) * side)
     subject.find_segments(sample)
@@ -69,7 +69,8 @@ def benchmark_sensitivity(setting: Setting) -> dict[str, dict[str, float]]:
 def time_mode(subject: Subject, mode: Mode, sample: Sample, reference: Tensor) -> dict[str, float]:
     """Time one mode over all quantizers."""
     paths = [*subject.switches.activations, *subject.switches.weights]
-    step, count, whole = max(1, len(paths) // WHOLE), 0, []
+    step, count = max(1, len(paths) // WHOLE), 0
+    whole: list[float] = []
 
     def interrupt() -> None:
         nonlocal count
@@ -90,7 +91,7 @@ def time_mode(subject: Subject, mode: Mode, sample: Sample, reference: Tensor) -
 
 def sensitivity_table(result: dict[str, dict[str, float]]) -> str:
     """The result for people."""
-    rows = [('alone', 'quantizers', 'whole, CPU s', 'prefix, CPU s', 'ratio')]
+    rows: list[tuple[str, ...]] = [('alone', 'quantizers', 'whole, CPU s', 'prefix, CPU s', 'ratio')]
     for mode, found in result.items():
         numbers = (f'{found[name]:.1f}' for name in ('whole', 'prefix'))
         rows.append((mode, str(found['quantizers']), *numbers, f'{found["ratio"]:.2f}'))
