@@ -247,7 +247,8 @@ def load_model_config(path: str, overrides: dict[str, Any]) -> Config:
     if not Path(path).is_file():
         raise ConfigError(f'{path}: no such model config; they lie in configs/<detector>/')
     try:
-        config = Config.fromfile(path)
+        # the log has the config three times; formatting it takes longer than to build the model
+        config = Config.fromfile(path, format_python_code=False)
     except (OSError, SyntaxError, KeyError, AttributeError, NameError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f'{path}: cannot read this config ({" ".join(str(error).split())})') from None
     for key in overrides:
