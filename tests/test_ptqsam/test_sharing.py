@@ -11,12 +11,10 @@ from tests.processes import finish_processes, start_processes
 SAMPLED = 'calibration: {observer: {act: {type: Percentile}}}\n'
 # name -> recipe on top of the tiny one, and what a second run of it takes
 RECIPES = {
-    'bimodal': (
-        SAMPLED + "hooks: [{type: BimodalIntegration}]\nrules: [{match: 'role:*.softmax', quantizer: {type: AGQ}}]\n",
-        ['fp', 'statistics', 'ranges', 'weights'],
-    ),
     'reconstructed': (
+        SAMPLED + 'hooks: [{type: BimodalIntegration}]\n'
         "rules: [{match: '*', quantizer: {type: LSQ}}, {match: '*.weight', quantizer: {type: Uniform}},\n"
+        "        {match: 'role:*.softmax', quantizer: {type: AGQ}},\n"
         '        {match: role:mlp.lin1.input, quantizer: {type: CAG}}]\n'
         'reconstruction: {iters: 2, max_boxes: 2, tokens_per_step: 64}\n',
         ['fp', 'statistics', 'ranges', 'weights'],
@@ -50,8 +48,7 @@ def assert_same(ours, theirs, folder):
     for name, value in theirs.items():
         assert name in OWN or ours[name] == value, name
     a, b = folder / ours['work_dir'], folder / theirs['work_dir']
-    files = {path.relative_to(b) for path in b.rglob('*') if path.suffix in ('.safetensors', '.csv', '.jpg')}
-    files |= {path.relative_to(b) for path in b.rglob('*.json') if path.name in ('manifest.json', 'big.json')}
+    files = {path.relative_to(b) for pattern in ('packed/*', '*.csv', 'big.json', '*.jpg') for path in b.rglob(pattern)}
     assert {path.name for path in files} >= {'model.safetensors', 'manifest.json', 'summary.csv'}
     for path in files:
         assert (a / path).read_bytes() == (b / path).read_bytes(), path
@@ -76,19 +73,17 @@ def test_other_bits_take_what_does_not_depend_on_them(run, tmp_path):
     six = run('six', SAMPLED + bits, '--share-work', '--show-dir', str(tmp_path / 'six' / masks))
     assert_same(six, own, tmp_path)
     assert six['shared'] == ['fp', 'statistics'] and len(list((tmp_path / 'six' / masks).iterdir())) == 2
-    assert run('seed', SAMPLED, '--share-work', '--seed', '1')['shared'] == ['weights'], 'other images calibrate'
-    prompts = ['--limit', '1', '--cfg-options', 'model.detector.jitter=0.1']
+    prompts = ['--limit', '1', '--cfg-options', 'model.test_cfg.max_boxes=2']
     other = run('prompts', SAMPLED, '--eval-fp', '--share-work', *prompts)
     assert other['shared'] == ['embeddings', 'weights'], 'the same images with other boxes'
 
 
 def test_several_processes_share_all_but_embeddings(run, tiny, tmp_path):
-    recipe, _ = RECIPES['decoder']
-    own = run('own', recipe, '--eval-fp')
+    one = run('one', RECIPES['decoder'][0], '--eval-fp', '--share-work')
     command = [tiny / 'tiny.py', tmp_path / 'recipe.yaml', '--eval-fp', '--share-work', '--launcher', 'pytorch']
-    for name in ('first', 'second'):
-        done = finish_processes(start_processes(2, *command, '--work-dir', tmp_path / name, cwd=tmp_path))
-        assert [code for code, *_ in done] == [0, 0], done
-    first, second = (json.loads((tmp_path / name / 'result.json').read_text()) for name in ('first', 'second'))
-    assert first['metrics'] == second['metrics'] == own['metrics']
-    assert (first['shared'], second['shared']) == ([], ['fp', 'statistics', 'weights'])
+    done = finish_processes(start_processes(2, *command, '--work-dir', tmp_path / 'two', cwd=tmp_path))
+    assert [code for code, *_ in done] == [0, 0], done
+    two = json.loads((tmp_path / 'two/result.json').read_text())
+    assert two['metrics'] == one['metrics']
+    assert (one['shared'], two['shared']) == (['embeddings'], ['fp', 'weights'])
+    assert len(list((tmp_path / 'cache/statistics').iterdir())) == 2, 'sums of two processes have other last bits'
