@@ -62,14 +62,12 @@ class Runs:
 
     Attributes:
         outcomes: name -> what became of it, so far.
-        made: folders of scenes that are there.
     """
 
     tools: Path
     work_dir: Path
     entries: dict[str, Entry]
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    made: set[Path] = field(default_factory=set)
 
     def run(self, name: str) -> Outcome:
         """Run an entry, unless its result is there or cannot be; a failure of the run is an outcome, too."""
@@ -139,12 +137,13 @@ class Runs:
         if scenes is None:
             yield
             return
-        root = self.work_dir / f'scenes_{scenes.train}_{scenes.val}' / 'scenes'
+        # what another version of the code has made is not touched
+        made_by = fingerprint(setting()['code'])
+        root = self.work_dir / f'scenes_{scenes.train}_{scenes.val}_{made_by}' / 'scenes'
         words = [self.tools / 'make_scenes.py', '--root', root, '--num-train', scenes.train, '--num-val', scenes.val]
-        if root not in self.made:
+        if not root.is_dir():  # it is complete or absent
             root.parent.mkdir(parents=True, exist_ok=True)
             self._call([*map(str, words)], root.parent / 'console.txt')
-            self.made.add(root)
         before = os.environ.get('PTQSAM_DATA')
         os.environ['PTQSAM_DATA'] = str(root.parent)
         try:
