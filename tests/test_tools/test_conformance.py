@@ -213,7 +213,7 @@ def test_a_failure_stops_no_other(tmp_path, monkeypatch, capsys):
     assert check('all', file=file, work_dir=runs) == 1
     *table, last = capsys.readouterr().out.splitlines()
     why = {name: f'{entry["verdict"]}: {entry["why"]}' for name, entry in json.loads(last)['entries'].items()}
-    assert re.match('failed: .*text.pth.*exit code 3', why['unreadable'])
+    assert re.match('failed: .*text.pth.*unreadable/console.txt', why['unreadable'])
     assert why['loading'].startswith('failed: unreadable, which it loads: ')
     assert "'sma' is unknown (did you mean 'sam'?)" in why['typo']
     assert 'holds files that no check has made' in why['foreign'] and (runs / 'foreign' / 'letter.txt').exists()
