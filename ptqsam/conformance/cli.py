@@ -9,10 +9,10 @@ from typing import Any
 
 from ptqsam.cli import check_writable, exit_code_of, expand_folders
 from ptqsam.conformance.expectations import ALL, Expectation, closest, load_suite, select
-from ptqsam.conformance.metrics import FAILED, IMPROVEMENT, OK, SKIPPED, Verdict, judge
-from ptqsam.conformance.runs import Runs, shell_line
+from ptqsam.conformance.metrics import FAILED, IMPROVEMENT, OK, REGRESSION, SKIPPED, Verdict, judge
+from ptqsam.conformance.runs import Outcome, Runs, shell_line
 from ptqsam.conformance.update import update_entry
-from ptqsam.errors import ConfigError
+from ptqsam.errors import AssetError, ConfigError
 from ptqsam.progress import progress_bar
 from ptqsam.report.summary import align
 
@@ -107,16 +107,20 @@ def check(runs: Runs) -> dict[str, list[Verdict]]:
         for name, entry in runs.entries.items():
             bar.set_postfix_str(name)
             done = runs.run(name)
-            verdicts[name] = judge(entry.expect, runs.folder(name)) if done.word == OK else []
+            try:
+                verdicts[name] = judge(entry.expect, runs.folder(name)) if done.word == OK else []
+            except AssetError as error:  # something has been removed since
+                runs.outcomes[name], verdicts[name] = Outcome(FAILED, str(error)), []
             bar.update()
     return verdicts
 
 
 def word_of(runs: Runs, name: str, verdicts: list[Verdict]) -> str:
-    """Verdict on an entry: the first of its metrics that is not ok decides."""
+    """Verdict on an entry: the worst of those on its metrics."""
     if runs.outcomes[name].word != OK:
         return runs.outcomes[name].word
-    return next((verdict.word for verdict in verdicts if verdict.word != OK), OK)
+    words = {verdict.word for verdict in verdicts}
+    return next(word for word in (FAILED, REGRESSION, IMPROVEMENT, OK) if word in words)
 
 
 def update(args: argparse.Namespace, runs: Runs, verdicts: dict[str, list[Verdict]]) -> int:

@@ -1,8 +1,8 @@
 """What a run measured, by the names of `result.json` and `summary.csv`, and what that says against an expectation.
 
-Names: one of `metrics.quant` alone (`segm_mAP`, `mask_mIoU`), others of `result.json` with dots (`metrics.fp.segm_mAP`,
-`size_mb.packed`, `quantized.weight.4`, `compat`); and of `summary.csv` the mean SQNR in dB of the quantizers of a kind, a
-class or a role: `sqnr_db.act`, `sqnr_db.LNQ`, `sqnr_db.encoder.attn.softmax`, of all `sqnr_db.all`.
+Names: one of `metrics.quant` alone (`segm_mAP`, `mask_mIoU`); others of `result.json` with dots
+(`metrics.fp.segm_mAP`, `size_mb.packed`, `quantized.weight.4`, `compat`); of `summary.csv` the mean SQNR in dB of all
+quantizers (`sqnr_db.all`), or of a kind, a class or a role (`sqnr_db.act`, `sqnr_db.LNQ`, `sqnr_db.encoder.attn.q`).
 """
 
 import csv

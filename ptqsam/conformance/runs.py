@@ -26,6 +26,7 @@ from ptqsam.conformance.expectations import Entry, Scenes
 from ptqsam.conformance.metrics import FAILED, OK, SKIPPED
 from ptqsam.errors import AssetError, ConfigError, PTQSAMError
 from ptqsam.fileio import fingerprint, folder_lock, write_json
+from ptqsam.sweep.run_cell import INTERRUPTED, reason
 
 # the numbers of README.md and docs/ are those of one thread, and at low bits they depend on it
 THREADS = 1
@@ -62,14 +63,12 @@ class Runs:
 
     Attributes:
         outcomes: name -> what became of it, so far.
-        made: folders of scenes that are there.
     """
 
     tools: Path
     work_dir: Path
     entries: dict[str, Entry]
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    made: set[Path] = field(default_factory=set)
 
     def run(self, name: str) -> Outcome:
         """Run an entry, unless its result is there or cannot be; a failure of the run is an outcome, too."""
@@ -78,6 +77,8 @@ class Runs:
                 outcome = self._run(name)
         except PTQSAMError as error:
             outcome = Outcome(FAILED, str(error))
+        except OSError as error:
+            outcome = Outcome(FAILED, f'{error.filename or self.folder(name)}: {error.strerror}')
         self.outcomes[name] = outcome
         return outcome
 
@@ -139,12 +140,13 @@ class Runs:
         if scenes is None:
             yield
             return
-        root = self.work_dir / f'scenes_{scenes.train}_{scenes.val}' / 'scenes'
+        # what another version of the code has made is not touched
+        made_by = fingerprint(setting()['code'])
+        root = self.work_dir / f'scenes_{scenes.train}_{scenes.val}_{made_by}' / 'scenes'
         words = [self.tools / 'make_scenes.py', '--root', root, '--num-train', scenes.train, '--num-val', scenes.val]
-        if root not in self.made:
+        if not root.is_dir():  # it is complete or absent
             root.parent.mkdir(parents=True, exist_ok=True)
             self._call([*map(str, words)], root.parent / 'console.txt')
-            self.made.add(root)
         before = os.environ.get('PTQSAM_DATA')
         os.environ['PTQSAM_DATA'] = str(root.parent)
         try:
@@ -162,15 +164,20 @@ class Runs:
             AssetError: it fails, with its last words.
         """
         path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get('PYTHONPATH'))))
-        env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': str(THREADS), 'MPLBACKEND': 'Agg'}
+        own = dict(PYTHONPATH=path, OMP_NUM_THREADS=str(THREADS), MPLBACKEND='Agg', PTQSAM_PARENT=str(os.getpid()))
         with console.open('w', encoding='utf-8') as file:
             done = subprocess.run(
-                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env
+                [sys.executable, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **own},
             )
         if done.returncode:
-            if done.returncode == 130:  # Ctrl-C has reached the tool first
+            if done.returncode == INTERRUPTED:  # Ctrl-C has reached the tool first
                 raise KeyboardInterrupt
-            raise AssetError(f'{last_words(console)} (exit code {done.returncode}, {console})')
+            said = reason(console, 0, done.returncode).removeprefix('error: ')
+            raise AssetError(f'{said} (see {console})')
 
 
 def option_words(options: dict[str, Any]) -> list[str]:
@@ -243,10 +250,3 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
-
-
-def last_words(console: Path) -> str:
-    """What went wrong in one line: the tool's own, or else the last one."""
-    lines = console.read_text(encoding='utf-8', errors='replace').replace('\r', '\n').splitlines()
-    said = [line[line.index('error: ') + len('error: ') :] for line in lines if 'error: ' in line]
-    return (said or [line for line in lines if line.strip()] or ['it said nothing'])[-1].strip()

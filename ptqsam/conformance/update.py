@@ -1,6 +1,7 @@
 """Changing an expectation in its file: only the numbers and a line of history; comments and order stay as they are."""
 
 import json
+import math
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -12,9 +13,6 @@ from ptqsam.conformance.expectations import Entry, parse_suite
 from ptqsam.errors import ConfigError
 from ptqsam.fileio import write_text
 from ptqsam.yaml_files import StrictLoader
-
-# digits that are written of a measured number
-DIGITS = 4
 
 
 def update_entry(path: Path, name: str, measured: dict[str, Any], reason: str) -> dict[str, tuple[Any, Any]]:
@@ -34,7 +32,7 @@ def update_entry(path: Path, name: str, measured: dict[str, Any], reason: str) -
     """
     text = path.read_text(encoding='utf-8')
     entry = parse_suite(text, str(path))[name]
-    new = {metric: rounded(value) for metric, value in measured.items()}
+    new = {metric: rounded(value, entry.expect[metric].tolerance) for metric, value in measured.items()}
     changes = {m: (entry.expect[m].value, value) for m, value in new.items() if value != entry.expect[m].value}
     if not changes:
         return {}
@@ -51,26 +49,24 @@ def update_entry(path: Path, name: str, measured: dict[str, Any], reason: str) -
     return changes
 
 
-def rounded(value: Any) -> Any:
-    """A number with as many digits as mean something."""
-    return float(f'{value:.{DIGITS}g}') if isinstance(value, int | float) and abs(value) < 10**DIGITS else value
+def rounded(value: Any, tolerance: float) -> Any:
+    """A number with the digits that its tolerance leaves a meaning, and one more; others are exact."""
+    return round(value, max(0, math.ceil(-math.log10(tolerance))) + 1) if tolerance else value
 
 
 def written(value: Any) -> str:
     """A value in the notation of YAML."""
-    if isinstance(value, float):
-        return f'{value:g}'
-    return json.dumps(value, ensure_ascii=False)
+    return repr(value).removesuffix('.0') if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-def find(node: yaml.Node, *keys: str) -> yaml.Node:
-    """The node below others at these keys."""
+def find(node: Any, *keys: str) -> Any:
+    """The node of YAML below others at these keys."""
     for key in keys:
         node = next(value for name, value in node.value if name.value == key)
     return node
 
 
-def history_edit(text: str, entry: yaml.Node, line: str) -> tuple[int, int, str]:
+def history_edit(text: str, entry: Any, line: str) -> tuple[int, int, str]:
     """Where a line of history goes, and with what before it: (start, end, words) of what is replaced."""
     history = next((value for key, value in entry.value if key.value == 'history'), None)
     last = list(leaves(entry if history is None else history))[-1].end_mark.index
@@ -81,7 +77,7 @@ def history_edit(text: str, entry: yaml.Node, line: str) -> tuple[int, int, str]
     return end, end, f'{head}\n{" " * column}{line}'
 
 
-def leaves(node: yaml.Node) -> Iterator[yaml.Node]:
+def leaves(node: Any) -> Iterator[yaml.Node]:
     """Nodes that end where their text ends; a block ends where the next begins, behind comments."""
     if isinstance(node, yaml.ScalarNode) or node.flow_style:
         yield node

@@ -41,14 +41,14 @@ def ci(tmp_path_factory):
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """Writes a copy of the file with something replaced; paths in it are those of the project."""
+    """Writes a copy of the file with the first place of something replaced; paths in it are those of the project."""
     monkeypatch.chdir(ROOT)
 
     def write(*changes):
         text = SUITE.read_text()
         for old, new in changes:
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
+            assert old in text
+            text = text.replace(old, new, 1)
         path = tmp_path / 'suite.yaml'
         path.write_text(text)
         return path
@@ -96,12 +96,12 @@ def test_rows_of_the_pages_are_expected():
 def test_a_number_that_moved_fails_for_better_or_worse(ci, copy, capsys):
     """The results of the check before are taken: what is expected is no part of what a run depends on."""
     measured = measure(ci[1] / TINY)['sqnr_db.act']
-    for moved, verdict in ((measured - 1, 'improvement'), (measured + 1, 'regression')):
-        new = re.sub(r'sqnr_db.act: {value: [\d.]+', f'sqnr_db.act: {{value: {moved:.2f}', entry_text(TINY))
+    for moved, verdict in ((round(measured) - 1, 'improvement'), (round(measured) + 1, 'regression')):
+        new = re.sub(r'sqnr_db.act: {value: [\d.]+', f'sqnr_db.act: {{value: {moved}', entry_text(TINY))
         assert check(TINY, file=copy((entry_text(TINY), new)), work_dir=ci[1]) == 1
         *table, last = capsys.readouterr().out.splitlines()
         (row,) = [line for line in table if 'sqnr_db.act ' in line]
-        assert row.split()[:3] == [TINY, 'sqnr_db.act', f'{moved:.5g}'] and row.endswith(f'  {verdict}')
+        assert row.split()[:3] == [TINY, 'sqnr_db.act', str(moved)] and row.endswith(f'  {verdict}')
         assert any('--update' in line for line in table) == (verdict == 'improvement')
         entry = json.loads(last)['entries'][TINY]
         assert entry['verdict'] == verdict and entry['reused']
@@ -188,13 +188,14 @@ def test_files_that_are_none(tmp_path, capsys):
             check(*words, work_dir=tmp_path)
 
 
-def test_a_failure_stops_no_other(ci, tmp_path, monkeypatch, capsys):
+def test_a_failure_stops_no_other(tmp_path, monkeypatch, capsys):
     """Of the run, of its files, of a metric; each is one line, and no folder of others is touched."""
     monkeypatch.setenv('PTQSAM_CKPT', str(tmp_path / 'empty'))
     monkeypatch.chdir(ROOT)
     (tmp_path / 'text.pth').write_text('no weights')
     file, runs = tmp_path / 'suite.yaml', tmp_path / 'runs'
     setup = 'config: configs/demo/demo_tiny.py, scenes: {train: 2, val: 1}, recipe: exp/minmax/w8a8.yaml'
+    setup += ', quant_options: {calibration.num_images: 2}'
     file.write_text(
         f'setups: {{tiny: {{{setup}, cfg_options: {{model.sam.checkpoint: {tmp_path}/text.pth}}}}}}\n'
         'entries:\n'
@@ -212,11 +213,7 @@ def test_a_failure_stops_no_other(ci, tmp_path, monkeypatch, capsys):
     assert check('all', file=file, work_dir=runs) == 1
     *table, last = capsys.readouterr().out.splitlines()
     why = {name: f'{entry["verdict"]}: {entry["why"]}' for name, entry in json.loads(last)['entries'].items()}
-    assert (
-        why['unreadable'].startswith('failed: ')
-        and 'text.pth' in why['unreadable']
-        and 'exit code 3' in why['unreadable']
-    )
+    assert re.match('failed: .*text.pth.*unreadable/console.txt', why['unreadable'])
     assert why['loading'].startswith('failed: unreadable, which it loads: ')
     assert "'sma' is unknown (did you mean 'sam'?)" in why['typo']
     assert 'holds files that no check has made' in why['foreign'] and (runs / 'foreign' / 'letter.txt').exists()
