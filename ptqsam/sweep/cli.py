@@ -207,7 +207,9 @@ def tell(summary: Summary, folder: Path) -> int:
             print(f'{what}: {len(cells)}', file=sys.stderr)
             for name, error in cells.items():
                 print(f'  {name}: {error}', file=sys.stderr)
-    if summary.interrupted:
+    if summary.waiting:
+        print(f'not begun: {summary.waiting}', file=sys.stderr)
+    if summary.interrupted or summary.waiting:
         print('start the same command again to go on', file=sys.stderr)
         return INTERRUPTED
     if summary.failed:

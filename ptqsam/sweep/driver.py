@@ -34,13 +34,15 @@ class Summary:
         found: cells that were done before.
         computed: names of cells that this call has finished.
         failed: name -> error, of cells that failed now or earlier.
-        interrupted: names of cells that were begun or waited for when the sweep was stopped, or killed.
+        interrupted: name -> how, of cells that were begun.
+        waiting: cells that were not begun when the sweep was stopped.
     """
 
     found: int = 0
     computed: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     interrupted: dict[str, str] = field(default_factory=dict)
+    waiting: int = 0
 
 
 def open_ledger(folder: Path) -> Ledger:
@@ -135,9 +137,11 @@ def run_sweep(jobs: Sequence[Job], rows: Sequence[Row], engine: Engine, retry_fa
                 summary.found += not outcome.computed
             elif outcome.status == 'failed':
                 summary.failed[job.name] = outcome.error
-            else:
+            elif outcome.status == 'interrupted':
                 summary.interrupted[job.name] = outcome.error
-            if not stop.is_set() or outcome.status != 'interrupted':
+            else:
+                summary.waiting += 1
+            if not stop.is_set() or outcome.status in ('done', 'failed'):
                 bar.update()
                 bar.write(f'{job.name}: {_told(job, outcome)}', file=sys.stderr)
     return summary

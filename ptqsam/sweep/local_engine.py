@@ -29,7 +29,7 @@ def run_local(jobs: Sequence[Job], at_a_time: int, gpus: int, stop: Event) -> It
         stop: when set, running cells are interrupted and no other is started.
 
     Yields:
-        Each cell that was begun and what became of it, as they end. Those that another process works on come last,
+        Each cell and what became of it, as they end; `waiting`: it was not begun. Those that another process works on come last,
         when that one has ended.
     """
     names = visible_gpus() if gpus else []
@@ -41,7 +41,7 @@ def run_local(jobs: Sequence[Job], at_a_time: int, gpus: int, stop: Event) -> It
 
     def work(job: Job, wait: bool) -> None:
         if stop.is_set():
-            ended.put((job, Outcome('interrupted')))
+            ended.put((job, Outcome('waiting')))
             return
         slot = slots.get()
         try:

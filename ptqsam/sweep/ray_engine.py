@@ -32,7 +32,7 @@ def run_ray(
         stop: when set, running cells are interrupted and no other is started.
 
     Yields:
-        Each cell that was begun and what became of it, as they end.
+        Each cell and what became of it, as they end.
 
     Raises:
         ConfigError: Ray is not installed, the cluster cannot be reached, or has no node on which a cell fits.
