@@ -29,8 +29,8 @@ def run_local(jobs: Sequence[Job], at_a_time: int, gpus: int, stop: Event) -> It
         stop: when set, running cells are interrupted and no other is started.
 
     Yields:
-        Each cell and what became of it, as they end; `waiting`: it was not begun. Those that another process works on come last,
-        when that one has ended.
+        Each cell and what became of it, as they end; `waiting`: it was not begun. Those that another process works on
+        come last, when that one has ended.
     """
     names = visible_gpus() if gpus else []
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()

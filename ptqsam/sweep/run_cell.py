@@ -63,8 +63,8 @@ class Outcome:
     """What became of a job.
 
     Attributes:
-        status: 'done', 'failed', 'interrupted', 'busy' (another process works on it) or 'waiting' (the sweep was stopped
-            before).
+        status: 'done', 'failed', 'interrupted', 'busy' (another process works on it) or 'waiting' (the sweep was
+            stopped before).
         error: one line, '' if there is none.
         seconds: wall time of this attempt.
         computed: whether this attempt made the result, rather than found it.

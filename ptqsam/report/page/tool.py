@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from ptqsam.cli import exit_code_of
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.fileio import write_text
@@ -79,8 +81,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def title_of(folder: Path, records: list[Record]) -> str:
-    """The name of a run, or that of a sweep's folder."""
-    return folder.resolve().name if is_sweep(folder) else records[0].name
+    """The name of a run, or the title of a sweep, else the name of its folder."""
+    if not is_sweep(folder):
+        return records[0].name
+    try:
+        content = yaml.safe_load((folder / 'sweep.yaml').read_text(encoding='utf-8'))
+        title = content.get('title')
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        title = ''
+    return str(title or folder.resolve().name)
 
 
 def read_folder(folder: Path) -> list[Record]:
