@@ -60,7 +60,8 @@ def write_sweep(folder: Path, records: list[Record]) -> Path:
     ledger, cells = Ledger(folder), []
     for number, record in enumerate(records):
         names = dict(model_name=record.model, recipe_name=record.recipe, bits=record.bits, seed=record.seed)
-        spec = dict(names, folder=str(number), varied=record.options)
+        command = dict(model='model.py', recipe='recipe.yaml', arguments=['--seed', str(record.seed)])
+        spec = dict(names, **command, folder=str(number), varied=record.options)
         cells.append((str(number), record.name, spec))
     ledger.plan(cells)
     for number, record in enumerate(records):
