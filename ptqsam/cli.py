@@ -95,9 +95,11 @@ def end_with_starter() -> None:
     # a process that was started in the background ignores Ctrl-C otherwise
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    parent = os.getppid()  # the starter itself, or torchrun
+
     def watch() -> None:
         with suppress(ProcessLookupError):
-            while True:
+            while os.getppid() == parent:
                 os.kill(int(starter), 0)  # no signal, only the question
                 time.sleep(1)
         os.kill(os.getpid(), signal.SIGINT)

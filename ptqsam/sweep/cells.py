@@ -127,15 +127,17 @@ def _product(grid: Grid) -> Iterator[Point]:
 
 
 def _excluded(point: Point, entry: Grid) -> bool:
-    return all(any(fnmatchcase(str(point[axis]), str(glob)) for glob in globs) for axis, globs in entry.items())
+    return all(
+        any(point[axis] == glob or fnmatchcase(str(point[axis]), str(glob)) for glob in globs)
+        for axis, globs in entry.items()
+    )
 
 
 def _check_axis(axis: str, where: str) -> None:
     """Refuse an axis that is neither one of ours nor a dotted option; options are checked with the cells."""
     if axis in AXES or '.' in axis:
         return
-    known = [*AXES, *QuantConfig.model_fields]
-    close = difflib.get_close_matches(axis, known, n=1)
+    close = difflib.get_close_matches(axis, AXES, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f'axes: {", ".join(AXES)}, or a dotted option of a recipe'
     raise ConfigError(f"{where}: unknown axis '{axis}' ({hint})")
 
@@ -207,7 +209,8 @@ def _cell(point: Point, files: tuple[str, str], varied: Sequence[str], spec: Swe
     checked, config = _checked(model, recipe, words, (quant, cfg), where)
     bits = checked.bits.resolved()
     further = {axis: point[axis] for axis in varied if axis in point}
-    label = '_'.join((recipe_label(Path(recipe)), f'w{bits["weight"]}a{bits["act"]}', *_shown(further)))
+    width = f'w{bits["weight"]}a{bits["act"]}'
+    label = '_'.join((recipe_label(Path(recipe)), width, *_shown(further)))
     name = f'{Path(model).stem}/{label}'
     content = dict(
         version=__version__,
@@ -222,7 +225,8 @@ def _cell(point: Point, files: tuple[str, str], varied: Sequence[str], spec: Swe
     return Cell(
         name=name,
         key=key,
-        folder=f'{name}-{key[:_SHORT]}',
+        # not the name, which depends on what else is in the sweep
+        folder=f'{Path(model).stem}/{recipe_label(Path(recipe))}_{width}-{key[:_SHORT]}',
         model_name=Path(model).stem,
         recipe_name=recipe_label(Path(recipe)),
         bits=bits,

@@ -111,10 +111,10 @@ def run(args: argparse.Namespace) -> int:
     if project:
         import_wandb()  # or every cell would find out by itself
     rows = {row.key: row for row in plan(folder, cells)}
-    write_text(folder / 'sweep.yaml', Path(args.sweep).read_text(encoding='utf-8'))
+    write_text(folder / 'sweep.yaml', yaml.safe_dump(spec.model_dump(), sort_keys=False))
     todo = [make_job(cell, folder, spec.resources, further_words(cell, folder, project)) for cell in chosen]
     if args.cell:
-        outcome = run_cell(todo[0], {})
+        outcome = run_cell(todo[0], {}, wait=True)
         print(outcome.error or outcome.status, file=sys.stderr)
         return {'done': 0, 'interrupted': INTERRUPTED}.get(outcome.status, FAILED)
     engine = choose_engine(args, spec, jobs)
@@ -166,6 +166,10 @@ def choose_engine(args: argparse.Namespace, spec: SweepSpec, jobs: int) -> Engin
     gpus = gpus_of(spec.resources)
     if args.engine == 'ray':
         return lambda todo, stop: run_ray(todo, spec.resources, gpus, args.ray_address, args.jobs, stop)
+    if gpus > (there := len(visible_gpus())):
+        raise ConfigError(
+            f'resources.gpus: a cell takes {gpus}, this machine has {there}; lower it, or use --engine ray'
+        )
     return lambda todo, stop: run_local(todo, jobs, gpus, stop)
 
 
@@ -211,8 +215,8 @@ def tell(summary: Summary, folder: Path) -> int:
         print(f'not begun: {summary.waiting}', file=sys.stderr)
     if summary.interrupted or summary.waiting:
         print('start the same command again to go on', file=sys.stderr)
-        return INTERRUPTED
     if summary.failed:
         print('start it again with --retry-failed to try what failed once more', file=sys.stderr)
-        return FAILED
-    return 0
+    if summary.stopped:
+        return INTERRUPTED
+    return FAILED if summary.failed or summary.interrupted else 0

@@ -34,8 +34,9 @@ class Summary:
         found: cells that were done before.
         computed: names of cells that this call has finished.
         failed: name -> error, of cells that failed now or earlier.
-        interrupted: name -> how, of cells that were begun.
+        interrupted: name -> how, of cells that were begun, or killed.
         waiting: cells that were not begun when the sweep was stopped.
+        stopped: the sweep was, by Ctrl-C or SIGTERM.
     """
 
     found: int = 0
@@ -43,6 +44,7 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     interrupted: dict[str, str] = field(default_factory=dict)
     waiting: int = 0
+    stopped: bool = False
 
 
 def open_ledger(folder: Path) -> Ledger:
@@ -76,6 +78,7 @@ def make_job(cell: Cell, folder: Path, resources: Resources, further: Iterable[s
         threads=resources.threads,
         cwd=os.getcwd(),
         env={name: value for name, value in os.environ.items() if name.startswith(_PLACES)},
+        planned=time.time(),
     )
 
 
@@ -96,7 +99,7 @@ def plan(folder: Path, cells: Sequence[Cell]) -> list[Row]:
         try:
             result = read_result(place)
         except AssetError as error:
-            ledger.settle(row.key, 'failed', f'error: {error}')
+            ledger.settle(row.key, 'interrupted', f'error: {error}')  # told again until somebody removes it
             continue
         if result is not None:
             if row.status != 'done':
@@ -105,7 +108,7 @@ def plan(folder: Path, cells: Sequence[Cell]) -> list[Row]:
             ledger.settle(row.key, 'pending')
         elif row.status == 'running' and not locked(place):
             ledger.settle(row.key, 'interrupted', 'interrupted: its process is gone')
-    return ledger.rows()
+    return ledger.rows([cell.key for cell in cells])
 
 
 def run_sweep(jobs: Sequence[Job], rows: Sequence[Row], engine: Engine, retry_failed: bool) -> Summary:
@@ -143,18 +146,20 @@ def run_sweep(jobs: Sequence[Job], rows: Sequence[Row], engine: Engine, retry_fa
                 summary.waiting += 1
             if not stop.is_set() or outcome.status in ('done', 'failed'):
                 bar.update()
-                bar.write(f'{job.name}: {_told(job, outcome)}', file=sys.stderr)
+                bar.write(f'{job.name}: {_told(outcome)}', file=sys.stderr)
+        summary.stopped = stop.is_set()
     return summary
 
 
-def _told(job: Job, outcome: Outcome) -> str:
+def _told(outcome: Outcome) -> str:
     """What a finished cell came to, for people."""
     if outcome.status != 'done':
         return outcome.error
-    result = read_result(Path(job.folder))
-    assert result is not None
+    if outcome.metrics is None:
+        return 'done'
     made = f'in {outcome.seconds:.0f} s' if outcome.computed else 'done by another process'
-    return f'{_metric(result["metrics"]["quant"])}{_against(result["metrics"]["fp"])}, {made}'
+    warning = f'; {outcome.error}' if outcome.error else ''
+    return f'{_metric(outcome.metrics["quant"])}{_against(outcome.metrics["fp"])}, {made}{warning}'
 
 
 def _metric(metrics: dict[str, Any]) -> str:
@@ -167,14 +172,13 @@ def _against(metrics: dict[str, Any] | None) -> str:
 
 @contextmanager
 def _stoppable() -> Iterator[Event]:
-    """An event that Ctrl-C and SIGTERM set in place of raising; a second one raises."""
+    """An event that Ctrl-C and SIGTERM set in place of raising: cells have seconds to end, then they are killed."""
     stop = Event()
 
     def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
+        if not stop.is_set():
+            print('\nstopping: running cells end where they can go on later', file=sys.stderr)
         stop.set()
-        print('\nstopping: running cells end at their last finished unit; again to stop at once', file=sys.stderr)
 
     earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -8,13 +8,13 @@ import json
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ptqsam.errors import AssetError, ConfigError
+from ptqsam.errors import AssetError, ConfigError, PTQSAMError
 
 Status = Literal['pending', 'running', 'done', 'failed', 'interrupted']
 LEDGER = 'ledger.sqlite'
@@ -69,7 +69,7 @@ class Ledger:
 
     Raises:
         AssetError: the file is no ledger, or a damaged one.
-        ConfigError: it cannot be made there.
+        ConfigError: it cannot be written there, or is of another version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +79,7 @@ class Ledger:
             with self._transaction() as database:
                 version = database.execute('PRAGMA user_version').fetchone()[0]
                 if version not in (0, _FORMAT):
-                    raise AssetError(f'{self.path}: written by another version of ptqsam; choose another --work-dir')
+                    raise ConfigError(f'{self.path}: written by another version of ptqsam; choose another --work-dir')
                 # two processes may make it at the same time; the second one finds it made
                 if version == 0:
                     for statement in _SCHEMA.split(';'):
@@ -87,8 +87,6 @@ class Ledger:
                     database.execute(f'PRAGMA user_version = {_FORMAT}')
                 if database.execute('PRAGMA quick_check').fetchone()[0] != 'ok':
                     raise sqlite3.DatabaseError('its pages contradict each other')
-        except sqlite3.OperationalError as error:
-            raise ConfigError(f'{self.path}: cannot be written ({error}); choose another --work-dir') from None
         except OSError as error:
             raise ConfigError(f'{folder}: cannot be made ({error.strerror}); choose another --work-dir') from None
         except sqlite3.DatabaseError as error:
@@ -112,8 +110,11 @@ class Ledger:
                 [(key, name, number, json.dumps(spec)) for number, (key, name, spec) in enumerate(cells)],
             )
 
-    def rows(self) -> list[Row]:
+    def rows(self, keys: Sequence[str] | None = None) -> list[Row]:
         """The cells of the sweep, in order.
+
+        Args:
+            keys: of the cells, in order; default those that were planned last.
 
         Raises:
             AssetError: the file is damaged.
@@ -122,8 +123,12 @@ class Ledger:
             with self._connection() as database:
                 found = database.execute(
                     'SELECT key, name, spec, status, error, metrics, seconds, host FROM cells '
-                    'WHERE position IS NOT NULL ORDER BY position'
+                    + ('WHERE position IS NOT NULL ' if keys is None else '')
+                    + 'ORDER BY position'
                 ).fetchall()
+            if keys is not None:
+                by_key = {row[0]: row for row in found}
+                found = [by_key[key] for key in keys]
             return [
                 Row(key, name, json.loads(spec), status, error, json.loads(metrics or 'null'), seconds, host)
                 for key, name, spec, status, error, metrics, seconds, host in found
@@ -198,10 +203,15 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._connection() as database:
-            database.execute('BEGIN IMMEDIATE')
-            yield database
-            database.execute('COMMIT')
+        try:
+            with self._connection() as database:
+                database.execute('BEGIN IMMEDIATE')
+                yield database
+                database.execute('COMMIT')
+        except sqlite3.OperationalError as error:
+            raise ConfigError(
+                f'{self.path}: cannot be written ({error}); make room, or choose another --work-dir'
+            ) from None
 
 
 def noted(call: Callable[[], Any]) -> Any:
@@ -215,9 +225,9 @@ def noted(call: Callable[[], Any]) -> Any:
     """
     try:
         return call()
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, PTQSAMError) as error:
         print(
-            f'warning: the ledger cannot be written ({error}); results stay in the folders of the cells, and the next '
+            f'warning: the ledger cannot be used ({error}); results stay in the folders of the cells, and the next '
             'start of the sweep takes them in',
             file=sys.stderr,
             flush=True,

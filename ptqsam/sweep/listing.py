@@ -11,6 +11,7 @@ from ptqsam.cli import load_model_config, parse_args
 from ptqsam.config import load_quant_config
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.estimate import Machine, measure_machine
+from ptqsam.fileio import fingerprint
 from ptqsam.progress import progress
 from ptqsam.report.summary import align
 from ptqsam.solver.forecast import forecast_run
@@ -64,7 +65,8 @@ def list_cells(folder: Path, cells: Sequence[Cell], jobs: int) -> str:
         unknown += one.seconds is None
         left += one.seconds or 0
         if '--eval-fp' in cell.arguments and one.float_seconds is not None:
-            shared[f'{cell.model} {cell.arguments}'.split(' --quant-options')[0]] = one.float_seconds
+            args = parse_args([cell.model, cell.recipe, *cell.arguments])
+            shared[fingerprint([cell.model, args.limit, args.cfg_options])] = one.float_seconds
         time = '?' if one.seconds is None else duration(one.seconds)
         rows.append((cell.name, state, time, f'{one.memory / 1e9:.1f} GB' if one.memory else '?'))
     total = left + sum(shared.values())

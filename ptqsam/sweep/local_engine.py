@@ -36,7 +36,7 @@ def run_local(jobs: Sequence[Job], at_a_time: int, gpus: int, stop: Event) -> It
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for slot in range(at_a_time):
         own = [names[(slot * gpus + i) % len(names)] for i in range(gpus)] if names else []
-        slots.put({'CUDA_VISIBLE_DEVICES': ','.join(own)} if own else {})
+        slots.put({'CUDA_VISIBLE_DEVICES': ','.join(own)})
     ended: queue.SimpleQueue[tuple[Job, Outcome]] = queue.SimpleQueue()
 
     def work(job: Job, wait: bool) -> None:

@@ -111,4 +111,7 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
         return outcome
     except ray.exceptions.RayError as error:
         said = ' '.join(str(error).split())[:200]
+        own = (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError)
+        if isinstance(error, own):  # a node lacks something, for example this project
+            return Outcome('failed', f'error: Ray: {said}')
         return Outcome('interrupted', f'error: Ray lost the cell {RETRIES + 1} times ({said})')

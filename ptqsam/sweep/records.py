@@ -1,7 +1,7 @@
 """What a sweep has computed so far, for reports and dashboards."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def read_records(folder: Path) -> list[Record]:
 
     Raises:
         ConfigError: no sweep there.
-        AssetError: the ledger or a `result.json` is damaged.
+        AssetError: the ledger is damaged. A damaged `result.json` is the error of its cell.
     """
     if not is_sweep(folder):
         raise ConfigError(f'{folder}: no sweep there; name the --work-dir of tools/sweep.py')
@@ -69,7 +69,10 @@ def read_records(folder: Path) -> list[Record]:
     for row in Ledger(folder).rows():
         spec = row.spec
         cell_folder = folder / 'cells' / spec['folder']
-        result = read_result(cell_folder)
+        try:
+            result, error = read_result(cell_folder), row.error
+        except AssetError as damaged:
+            result, error, row = None, f'error: {damaged}', replace(row, status='failed')
         records.append(
             Record(
                 name=row.name,
@@ -82,7 +85,7 @@ def read_records(folder: Path) -> list[Record]:
                 # what lies on disk decides, see `Ledger`
                 status='done' if result else row.status,
                 result=result,
-                error='' if result else row.error,
+                error='' if result else error,
                 folder=cell_folder,
                 seconds=row.seconds,
                 host=row.host,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from ptqsam.errors import PTQSAMError
 from ptqsam.fileio import write_json
@@ -45,6 +46,7 @@ class Job:
         threads: CPU threads of each.
         cwd: folder in which the command is run; paths in it are relative to there.
         env: environment variables that say where things are.
+        planned: when it was, seconds since 1970.
     """
 
     sweep: str
@@ -56,6 +58,7 @@ class Job:
     threads: int
     cwd: str
     env: dict[str, str]
+    planned: float
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ class Outcome:
         error: one line, '' if there is none.
         seconds: wall time of this attempt.
         computed: whether this attempt made the result, rather than found it.
+        metrics: as in `result.json`, None if there is none.
     """
 
     status: str
     error: str = ''
     seconds: float = 0.0
     computed: bool = False
+    metrics: dict[str, Any] | None = None
 
 
 def run_cell(job: Job, env: Mapping[str, str], stop: Event | None = None, wait: bool = False) -> Outcome:
@@ -94,27 +99,40 @@ def run_cell(job: Job, env: Mapping[str, str], stop: Event | None = None, wait: 
     folder, start = Path(job.folder), time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / '.lock', stop if wait else None, wait) as lock:
+        with _locked(folder / '.lock', stop, wait) as lock:
             if lock is None:
                 return Outcome('busy')
-            ledger = Ledger(Path(job.sweep))
+            ledger: Ledger | None = noted(lambda: Ledger(Path(job.sweep)))
             if (result := read_result(folder)) is not None:
-                noted(partial(ledger.settle, job.key, 'done', metrics=result['metrics']))
-                return Outcome('done')
-            attempt = noted(lambda: ledger.start(job.key, socket.gethostname(), os.getpid()))
-            write_json(folder / 'cell.json', dict(key=job.key, name=job.name, words=job.words))
-            status, error = _run_tool(job, folder, env, stop, lock)
-            result = read_result(folder)
-            if result is not None:  # also when the tool was killed after its last file
-                status, error = 'done', ''
-            if attempt is not None:
-                metrics = result and result['metrics']
+                if ledger:
+                    noted(partial(ledger.settle, job.key, 'done', metrics=result['metrics']))
+                return Outcome('done', metrics=result['metrics'])
+            if ledger and (error := noted(lambda: failed_since(ledger, job))):
+                return Outcome('failed', error)
+            attempt = noted(lambda: ledger.start(job.key, socket.gethostname(), os.getpid())) if ledger else None
+            metrics = None
+            try:
+                write_json(folder / 'cell.json', dict(key=job.key, name=job.name, words=job.words))
+                status, error = _run_tool(job, folder, env, stop, lock)
+                if (result := read_result(folder)) is not None:
+                    # the result is there, whatever came after it: what went wrong then is told
+                    status, metrics, error = 'done', result['metrics'], error if status == 'failed' else ''
+            except OSError as problem:
+                status, error = 'failed', f'error: {problem.filename or folder}: {problem.strerror}'
+            if ledger and attempt is not None:
                 noted(lambda: ledger.finish(job.key, attempt, status, error, metrics))
-            return Outcome(status, error, time.monotonic() - start, status == 'done')
+            return Outcome(status, error, time.monotonic() - start, status == 'done', metrics)
     except PTQSAMError as problem:
         return Outcome('failed', f'error: {problem}')
-    except OSError as problem:
+    except OSError as problem:  # the folder cannot be made
         return Outcome('failed', f'error: {problem.filename or folder}: {problem.strerror}')
+
+
+def failed_since(ledger: Ledger, job: Job) -> str:
+    """Error of a cell that another driver has seen fail since this one planned it; '' if none has."""
+    attempts = ledger.attempts(job.key)
+    last = attempts[-1] if attempts else None
+    return last['error'] if last and last['status'] == 'failed' and last['ended'] > job.planned else ''
 
 
 def command(job: Job) -> list[str]:
@@ -129,7 +147,7 @@ def locked(folder: Path) -> bool:
     """Whether a process works on the cell in a folder."""
     try:
         with open(folder / '.lock', 'r+b') as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: who looks at the same time is no worker
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -185,7 +203,8 @@ def _run_tool(job: Job, folder: Path, env: Mapping[str, str], stop: Event | None
     if code == INTERRUPTED or (stop and stop.is_set()):
         return 'interrupted', 'interrupted'
     if code < 0:
-        return 'interrupted', _killed(-code)
+        # a crash would come again; one who kills, or the lack of memory, may be gone
+        return 'interrupted' if -code in (signal.SIGKILL, signal.SIGTERM) else 'failed', _killed(-code)
     return 'failed', reason(folder / CONSOLE, begin, code)
 
 

@@ -42,7 +42,7 @@ class Resources(Schema):
     Attributes:
         threads: CPU threads of each of its processes.
         gpus: GPUs of a cell; None: one where there are any.
-        memory_gb: main memory, for `--engine ray`, which does not start more than fits.
+        memory_gb: main memory; no more cells run at a time than fit.
         processes: processes that work on a cell together (`--launcher pytorch`).
     """
 
@@ -118,6 +118,8 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 def _merged(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Dicts in dicts, the values of the second one winning."""
     for key, value in overrides.items():
+        if value == {}:
+            continue
         own = raw.get(key)
         raw[key] = _merged(dict(own), value) if isinstance(own, Mapping) and isinstance(value, Mapping) else value
     return raw

@@ -63,7 +63,9 @@ def test_key_depends_on_what_is_computed_and_on_nothing_else(sweep, tmp_path, ti
     assert [cell.key for cell in sweep()] == [cell.key for cell in first], 'the same sweep, the same keys'
     retitled = sweep(title='other', resources={'threads': 2}, wandb='project')
     assert [cell.key for cell in retitled] == [cell.key for cell in first]
-    assert sweep({'seed': [0]})[0].key == first[0].key, 'the seed that the recipe has anyway'
+    seeds = sweep({'seed': [0, 1]})
+    assert seeds[0].key == first[0].key, 'the seed that the recipe has anyway'
+    assert seeds[0].folder == first[0].folder and seeds[0].name != first[0].name, 'so its result is found again'
     limited = sweep(run={'limit': 1})
     assert limited[0].key != first[0].key
     assert sweep({'bits': ['w6a6', 'w5a5']})[0].key == first[1].key, 'another grid, the same cell'
@@ -120,7 +122,7 @@ def test_folder_of_the_recipe_and_bits_name_the_file(sweep):
         ({}, {'run': {'limits': 3}}, r"unknown key 'run.limits' \(did you mean 'limit'\?\)"),
         ({}, {'axis': {}}, r"unknown key 'axis' \(did you mean 'axes'\?\)"),
         ({}, {'resources': {'threads': 0}}, "key 'resources.threads'"),
-        ({'algorithm': ['a=b c']}, {}, 'unknown axis'),
+        ({'algorithm': ['a=b c']}, {}, r"unknown axis 'algorithm' \(axes: model"),
     ],
 )
 def test_bad_sweep_is_one_line(sweep, axes, settings, message):

@@ -109,7 +109,7 @@ def test_ledger_of_another_version_is_refused(ledger, tmp_path):
     database = sqlite3.connect(tmp_path / LEDGER)
     database.execute('PRAGMA user_version = 99')
     database.close()
-    with pytest.raises(AssetError, match='another version'):
+    with pytest.raises(ConfigError, match='another version'):
         Ledger(tmp_path)
 
 
@@ -128,5 +128,5 @@ def test_write_that_fails_is_told_and_no_more(ledger, tmp_path, capsys):
     database.close()
     assert noted(lambda: ledger.settle('a1', 'done')) is None
     told = capsys.readouterr().err
-    assert 'warning: the ledger cannot be written' in told and told.count('\n') == 1
+    assert 'warning: the ledger cannot be used' in told and told.count('\n') == 1
     assert states(ledger)['a1'] == 'pending'

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from ptqsam.sweep import run_cell as module
-from ptqsam.sweep.driver import open_ledger
+from ptqsam.sweep.cells import Cell
+from ptqsam.sweep.driver import open_ledger, plan
 from ptqsam.sweep.ledger import LEDGER, Ledger
+from ptqsam.sweep.records import read_records
 from ptqsam.sweep.run_cell import CONSOLE, Job, command, locked, reason, run_cell
 
 RESULT = {'metrics': {'fp': None, 'quant': {'segm_mAP': 0.5}}, 'compat': []}
@@ -47,8 +49,9 @@ def job(tmp_path, monkeypatch):
 
     def make(what: str, **changes) -> Job:
         folder = tmp_path / 'cells' / 'one'
-        usual = dict(key='k', name='one', words=(what, str(folder)), processes=1, threads=1, cwd=str(tmp_path), env={})
-        return Job(sweep=str(tmp_path), folder=str(folder), **(usual | changes))
+        usual = dict(key='k', name='one', words=(what, str(folder)), processes=1, threads=1, env={})
+        where = dict(sweep=str(tmp_path), folder=str(folder), cwd=str(tmp_path), planned=time.time())
+        return Job(**(where | usual | changes))
 
     Ledger(tmp_path).plan([('k', 'one', {'folder': 'one'})])
     return make
@@ -167,6 +170,37 @@ def test_damaged_result_is_one_line_and_not_overwritten(job, tmp_path):
     outcome = run_cell(job('good'), {})
     assert outcome.status == 'failed' and 'no result of tools/test_quant.py' in outcome.error
     assert (folder / 'result.json').read_text() == '{'
+
+
+def test_failure_that_another_driver_has_seen_is_taken_over(job, tmp_path):
+    late = job('good')
+    assert run_cell(job('missing'), {}).status == 'failed'
+    assert run_cell(late, {}).error.startswith('error: weights.pth'), 'planned before that failure'
+    assert run_cell(job('good'), {}).computed, 'asked for after it'
+
+
+def test_damaged_ledger_costs_no_cell(job, tmp_path, capsys):
+    run_cell(job('good'), {})
+    (tmp_path / LEDGER).write_bytes(b'x' * 5000)
+    assert run_cell(job('good'), {}).status == 'done'
+    (tmp_path / 'cells/one/result.json').unlink()
+    assert run_cell(job('good'), {}).computed
+    assert 'the ledger cannot be used' in capsys.readouterr().err
+
+
+def test_damaged_result_is_an_error_of_its_cell_alone(job, tmp_path):
+    run_cell(job('good'), {})
+    spec = dict(model_name='m', recipe_name='r', bits={}, seed=0, varied={}, model='m', recipe='r', arguments=[])
+    cells = [
+        Cell(**spec, name=name, key=key, folder=name, pictures=False) for name, key in (('one', 'k'), ('two', 'l'))
+    ]
+    (tmp_path / 'cells/one/result.json').write_text('{')
+    [row, _] = plan(tmp_path, cells)
+    first, second = read_records(tmp_path)
+    assert (first.status, second.status) == ('failed', 'pending') and 'remove it' in first.error == row.error
+    (tmp_path / 'cells/one/result.json').unlink()
+    [row, _] = plan(tmp_path, cells)
+    assert row.status == 'interrupted', 'and runs again'
 
 
 def test_ledger_that_is_damaged_is_put_aside(job, tmp_path, capsys):

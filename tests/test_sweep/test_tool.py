@@ -91,6 +91,7 @@ def test_dry_run_lists_and_writes_nothing(again, tmp_path):
         (('--only', 'nothing*'), "no cell is called 'nothing*'"),
         (('--axes', 'bitz=w4a4'), "unknown axis 'bitz'"),
         (('--jobs', '0'), '--jobs must be at least 1'),
+        (('--limit', '0'), '--limit must be at least 1'),
         (('--ray-address', 'auto'), '--ray-address needs --engine ray'),
         (('--quant-options', 'calibration.num_image=1'), "did you mean 'num_images'?"),
     ],
