@@ -7,10 +7,8 @@ what that leaves open, and what is done about it, is in docs/mixed_precision.md.
 """
 
 import json
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ptqsam.errors import AssetError, GateError
-from ptqsam.hardware import Meter
 from ptqsam.mixed.allocate import Coupling, Unit
 from ptqsam.mixed.plan import Options
 from ptqsam.progress import progress_bar
@@ -36,17 +33,8 @@ EPSILON = 1e-6
 ZEROED = {'qk': 'q', 'softmax_v': 'v'}
 
 
-@dataclass(frozen=True)
-class Importance:
-    """What was measured of a model's products.
-
-    Attributes:
-        divergence: path of a product -> divergence of the masks without its activation, one per image.
-        macs: path of a product -> multiplications per image.
-    """
-
-    divergence: dict[str, list[float]]
-    macs: dict[str, int]
+# path of a product -> divergence of the masks without its activation, one per image
+Importance = dict[str, list[float]]
 
 
 @torch.no_grad()
@@ -64,19 +52,17 @@ def measure_importance(
         seed: seed of the choice of boxes.
 
     Returns:
-        Divergences and multiplications, over images that have boxes.
+        Divergences, of images that have boxes.
 
     Raises:
         GateError: no image has a box, or masks are NaN or infinite.
     """
-    divergence: dict[str, list[float]] = {path: [] for path in products}
-    macs: Counter[str] = Counter()
+    divergence: Importance = {path: [] for path in products}
     with progress_bar(len(batches) * len(products), 'importance', 'layer') as bar:
         for batch in batches_with_boxes(batches, max_boxes, seed):
             ((image, boxes),) = model.sam_inputs(batch)
-            with counted(target, macs):
-                embedding = model.encode(image)
-                logits, _ = model.decode_logits(embedding, boxes)
+            embedding = model.encode(image)
+            logits, _ = model.decode_logits(embedding, boxes)
             for path in products:
                 with zeroed(target.get_submodule(zeroed_path(path))):
                     changed = model.encode(image) if path.startswith('image_encoder.') else embedding
@@ -84,19 +70,7 @@ def measure_importance(
                 bar.update()
     if not all(values and np.isfinite(values).all() for values in divergence.values()):
         raise GateError('importance: no calibration image has a box, or masks are NaN; check images and checkpoint')
-    images = len(next(iter(divergence.values())))
-    return Importance(divergence, {path: round(macs[path] / images) for path in products})
-
-
-@contextmanager
-def counted(target: nn.Module, macs: Counter[str]) -> Iterator[None]:
-    """Add up the multiplications of every product, by path."""
-    meter = Meter(target, {}, budget=1)
-    try:
-        yield
-    finally:
-        meter.remove()
-    macs.update({product.path: product.macs for product in meter.products})
+    return divergence
 
 
 @contextmanager
@@ -159,7 +133,7 @@ def quadratic_programme(
     Returns:
         Units and couplings for `allocate`, which minimises the negative.
     """
-    shares = normalised(np.array([importance.divergence[option.product.path] for option in options]))
+    shares = normalised(np.array([importance[option.product.path] for option in options]))
     together = synergy(shares)
     strengths = weight * together / max(float(together.sum()), np.finfo(float).tiny)
     mean = dict(zip((option.product.path for option in options), shares.mean(axis=1).tolist(), strict=True))
@@ -184,20 +158,12 @@ def read_importance(path: Path, products: Collection[str]) -> Importance:
     """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
-        importance = Importance(
-            {str(name): [float(value) for value in values] for name, values in content['divergence'].items()},
-            {str(name): int(value) for name, value in content['macs'].items()},
-        )
+        importance = {str(name): [float(value) for value in values] for name, values in content.items()}
     except FileNotFoundError:
         raise AssetError(f'{path}: no such file of importances; leave --importance out to measure them') from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise AssetError(f'{path}: no importances in here ({error}); leave --importance out to measure them') from None
-    lengths = {len(values) for values in importance.divergence.values()}
-    if (
-        {*importance.divergence} != {*products}
-        or {*importance.macs} != {*products}
-        or len(lengths) != 1
-        or 0 in lengths
-    ):
+    lengths = {len(values) for values in importance.values()}
+    if {*importance} != {*products} or len(lengths) != 1 or 0 in lengths:
         raise AssetError(f'{path}: importances of another model or recipe; leave --importance out to measure them')
     return importance

@@ -52,13 +52,13 @@ class Plan:
         budgets: under which they were chosen.
         options: what there was to choose from, in module order.
         allocation: what was chosen.
-        uniform: name of a uniform model, 'W4A4' -> predicted loss, where one is predicted.
+        uniform: name of a uniform model, 'W4A4' -> predicted loss; None: not known.
     """
 
     budgets: list[Budget]
     options: list[Options]
     allocation: Allocation
-    uniform: dict[str, float] = field(default_factory=dict)
+    uniform: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def products(self) -> list[Product]:

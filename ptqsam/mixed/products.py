@@ -6,12 +6,16 @@ one product. A factor that the recipe leaves in floating point counts as 32 bits
 checkpoint stores of them (`ptqsam.checkpoint`): codes, and a float32 scale and an 8-bit zero point per channel.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ptqsam.modules.walk import quant_ops
+from ptqsam.hardware import Meter
+from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.solver.rules import Choice
 
 FLOAT_BITS = 32
@@ -83,18 +87,43 @@ def product_path(path: str) -> str:
     return parent + PARTNERS[name][1]
 
 
-def list_products(
-    model: nn.Module, choices: Sequence[Choice], numel: dict[str, int], macs: dict[str, int]
-) -> list[Product]:
-    """Products of a model that have quantized factors, in module order.
+def count_products(model: Any, choices: Sequence[Choice], boxes: int) -> list[Product]:
+    """Products of a model, counted on the meta device, where nothing is computed.
 
     Args:
-        model: SAM with quant modules; may lie on the meta device.
+        model: detector-prompted SAM on the meta device, with quant modules that are off.
+        choices: quantizers that the rules put in.
+        boxes: prompt boxes on an image.
+    """
+    sam, numel = model.sam, Counter[str]()
+
+    def count(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        numel[str(quantizer.path)] += args[0].numel()
+
+    handles = [quantizer.register_forward_pre_hook(count) for quantizer in act_quantizers(sam)]
+    meter = Meter(sam, {}, budget=1)
+    # without gradients TinyViT fuses its attention, and its softmax outputs would not be seen
+    with torch.device('meta'), torch.enable_grad():
+        embedding = model.encode(torch.empty(1, 3, sam.image_size, sam.image_size))
+        model.decode_logits(embedding, torch.empty(boxes, 4))
+    meter.remove()
+    for handle in handles:
+        handle.remove()
+    return list_products(sam, choices, numel, {product.path: product.macs for product in meter.products})
+
+
+def list_products(
+    sam: nn.Module, choices: Sequence[Choice], numel: Mapping[str, int], macs: Mapping[str, int]
+) -> list[Product]:
+    """Products of a SAM that have quantized factors, in module order.
+
+    Args:
+        sam: with quant modules; may lie on the meta device.
         choices: quantizers that the rules put in.
         numel: path of an activation's quantizer -> values per image.
-        macs: path of a quantizer -> multiplications per image of the product it feeds.
+        macs: path of a product -> multiplications per image; 0 where there is none, as in a normalisation.
     """
-    weights = {quantizer.path: (op.weight, op.weight_ch_axis) for _, op, quantizer in quant_ops(model)}
+    weights = {quantizer.path: (op.weight, op.weight_ch_axis) for _, op, quantizer in quant_ops(sam)}
     groups: dict[str, list[Factor]] = {}
     for choice in choices:
         point = choice.point
@@ -104,7 +133,4 @@ def list_products(
             values, channels = weight.numel(), weight.shape[axis]
         factor = Factor(point.path, point.role, point.kind, choice.bits, values, channels)
         groups.setdefault(product_path(point.path), []).append(factor)
-    return [
-        Product(path, tuple(factors), max(macs.get(factor.path, 0) for factor in factors))
-        for path, factors in groups.items()
-    ]
+    return [Product(path, tuple(factors), macs.get(path, 0)) for path, factors in groups.items()]

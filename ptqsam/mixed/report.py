@@ -28,7 +28,7 @@ def summary_table(plan: Plan, uniform: Sequence[int], rest: int) -> str:
         Two text tables.
     """
     products, bits = plan.products, plan.bits
-    losses = plan.uniform | ({'mixed': plan.allocation.loss} if plan.uniform else {})
+    losses = plan.uniform | dict(mixed=plan.allocation.loss if plan.uniform else None)
     rows: list[tuple[str, ...]] = [
         ('', 'bits per weight', 'bits per activation', 'weights MB', 'packed MB', 'GBitOps', 'predicted loss')
     ]
@@ -38,7 +38,7 @@ def summary_table(plan: Plan, uniform: Sequence[int], rest: int) -> str:
     for name, costs in sums.items():
         averages = [f'{costs[kind] / ones[kind]:.3f}' if ones[kind] else '-' for kind in ('weight', 'act')]
         sizes = [f'{costs["size"] / 1e6:.3f}', f'{(costs["size"] + rest) / 1e6:.1f}', f'{costs["bitops"] / 1e9:.1f}']
-        rows.append((name, *averages, *sizes, f'{losses[name]:.4g}' if name in losses else '-'))
+        rows.append((name, *averages, *sizes, '-' if (loss := losses.get(name)) is None else f'{loss:.4g}'))
     widths = sorted(set(bits.values()))
     histogram = [('bits', *map(str, widths))]
     for kind, word in KINDS:

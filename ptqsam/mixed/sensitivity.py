@@ -9,7 +9,8 @@ from pathlib import Path
 from ptqsam.errors import AssetError
 from ptqsam.mixed.products import Product
 
-COLUMNS = ('path', 'kind', 'bits', 'numel', 'macs', 'enabled_sqnr_db', 'enabled_iou')
+# loss -> column that it follows from
+COLUMNS = dict(noise='enabled_sqnr_db', iou='enabled_iou')
 ADVICE = 'make it with tools/analyze.py from the same model and recipe'
 
 
@@ -19,13 +20,9 @@ class Sensitivity:
 
     Attributes:
         losses: path -> bits -> loss.
-        numel: path -> values of a weight, or of an activation per image.
-        macs: path -> multiplications per image of the product that it feeds.
     """
 
     losses: dict[str, dict[int, float]] = field(default_factory=dict)
-    numel: dict[str, int] = field(default_factory=dict)
-    macs: dict[str, int] = field(default_factory=dict)
 
     def loss(self, product: Product, widths: Sequence[int]) -> float:
         """Loss of a product: the sum of its factors', as if their errors were independent."""
@@ -59,7 +56,7 @@ def read_sensitivity(path: Path, loss: str = 'noise') -> Sensitivity:
         raise AssetError(f'{path}: no such sensitivity table; {ADVICE}') from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise AssetError(f'{path}: cannot read this sensitivity table ({error})') from None
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    missing = [name for name in ('path', 'bits', COLUMNS[loss]) if name not in (reader.fieldnames or ())]
     if missing or not rows:
         raise AssetError(
             f'{path}: no sensitivity table: {f"lacks column {missing[0]!r}" if missing else "no rows"}; {ADVICE}'
@@ -67,9 +64,7 @@ def read_sensitivity(path: Path, loss: str = 'noise') -> Sensitivity:
     table = Sensitivity()
     for line, row in enumerate(rows, 2):
         try:
-            name, bits = row['path'], int(row['bits'])
-            table.losses.setdefault(name, {})[bits] = loss_of(row, loss)
-            table.numel[name], table.macs[name] = int(float(row['numel'])), int(float(row['macs']))
+            table.losses.setdefault(row['path'], {})[int(row['bits'])] = loss_of(row, loss)
         except (ValueError, TypeError, OverflowError):
             raise AssetError(f'{path}: line {line} has a value that is no number, {row}; {ADVICE}') from None
     return table
@@ -81,7 +76,7 @@ def loss_of(row: dict[str, str], loss: str) -> float:
     Raises:
         ValueError: no number, or NaN.
     """
-    value = float(row['enabled_sqnr_db' if loss == 'noise' else 'enabled_iou'])
+    value = float(row[COLUMNS[loss]])
     if math.isnan(value):
         raise ValueError('NaN')
     return 10 ** (-value / 10) if loss == 'noise' else 1 - value

@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -24,7 +23,7 @@ from ptqsam.hardware_report import building
 from ptqsam.mixed.allocate import allocate
 from ptqsam.mixed.mix_qsam import LEAST, Importance, measure_importance, quadratic_programme, read_importance
 from ptqsam.mixed.plan import Plan, bounded_kinds, list_options, make_budgets, uniform_loss
-from ptqsam.mixed.products import list_products, product_path
+from ptqsam.mixed.products import Product, count_products
 from ptqsam.mixed.recipe import recipe_text
 from ptqsam.mixed.report import plot_bits, summary_table
 from ptqsam.mixed.sensitivity import check_sensitivity, read_sensitivity
@@ -72,6 +71,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--bitops', type=amount, metavar='G|wNaM', help='10^9 per image, or as with these bits')
     parser.add_argument('--average-bits', type=positive, metavar='N', help='per weight and per activation value')
     parser.add_argument('--candidates', type=int, nargs='+', help='default those of the table; mix_qsam: 2 3 4 5 6')
+    parser.add_argument(
+        '--boxes', type=int, help="prompt boxes of the image that budgets are for, default the recipe's max_boxes"
+    )
     parser.add_argument('--images', type=int, default=4, help='mix_qsam: calibration images to measure on; default 4')
     parser.add_argument('--importance', type=Path, metavar='JSON', help='mix_qsam: importances of an earlier call')
     parser.add_argument('--work-dir', type=Path, help='picture and importances go here, default work_dirs/mixed/NAME')
@@ -86,8 +88,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f'--candidates: {wrong[0]} is not a bit width from 2 to 8')
     if args.method and args.average_bits is not None:
         parser.error('--average-bits is for --sensitivity; mix_qsam has budgets of --size-mb and --bitops')
-    if args.images < 1:
-        parser.error('--images must be at least 1')
+    if args.images < 1 or (args.boxes is not None and args.boxes < 1):
+        parser.error('--images and --boxes must be at least 1')
     return args
 
 
@@ -125,19 +127,17 @@ def run(args: argparse.Namespace) -> int:
     work_dir = args.work_dir or Path('work_dirs') / 'mixed' / args.output.stem
     for folder, option in ((work_dir, '--work-dir'), (args.output.parent, '--output')):
         check_writable(folder, option)
-    model, rules = build_model(args, config, recipe)
+    model, rules = build_model(args, config, recipe, 'meta')
+    products = count_products(model, rules.enabled, args.boxes or recipe.calibration.max_boxes)
     if args.method:
-        plan = plan_by_importance(args, rules, model, find_importance(args, config, recipe, model, rules, work_dir))
+        plan = plan_by_importance(args, products, find_importance(args, config, recipe, products, work_dir))
     else:
-        plan = plan_by_sensitivity(args, rules, model)
-    rest = packed_bytes(model.sam) - sum(f.packed_bytes(f.bits) for product in plan.products for f in product.factors)
+        plan = plan_by_sensitivity(args, products)
+    rest = packed_bytes(model.sam) - sum(f.packed_bytes(f.bits) for product in products for f in product.factors)
     table = summary_table(plan, args.candidates, rest)
     title = f'{plan.proof} under {plan.budget_text}'
-    comment = [
-        f'Bits of {Path(args.model_config).stem}: {title}. Made by',
-        *wrap(f'python tools/allocate_bits.py {args.command}', 100, break_long_words=False, break_on_hyphens=False),
-        *table.splitlines(),
-    ]
+    made = f'Bits of {Path(args.model_config).stem}: {title}. Made by: python tools/allocate_bits.py {args.command}'
+    comment = [*wrap(made, 100, break_long_words=False, break_on_hyphens=False), *table.splitlines()]
     text = recipe_text(args.output, Path(args.quant_config), recipe, rules.choices, plan.bits, comment)
     write_text(args.output, text)
     plot_bits(work_dir / 'bits.png', plan, f'{args.output.stem}: {title}')
@@ -145,43 +145,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_model(args: argparse.Namespace, config: Config, recipe: QuantConfig) -> tuple[Any, RuleBook]:
-    """The pipeline's model with quantizers, all off; on the meta device unless images are to be run.
+def build_model(args: argparse.Namespace, config: Config, recipe: QuantConfig, device: str) -> tuple[Any, RuleBook]:
+    """The pipeline's model with quantizers, all off.
+
+    Args:
+        args: from `parse_args`.
+        config: model config.
+        recipe: checked recipe.
+        device: on the meta device it has no weights.
 
     Raises:
         ConfigError: it cannot be built, or the recipe does not fit it.
     """
-    runs = bool(args.method) and args.importance is None
     rules = RuleBook(recipe)
-    with building(args.model_config, config), torch.device('cpu' if runs else 'meta'):
+    with building(args.model_config, config), torch.device(device):
         model = MODELS.build(config.model).eval().requires_grad_(False)
-        if runs:
+        if device != 'meta':
             model.init_weights()
         quantize_model(model.sam, rules)
-    return model.to(get_device()) if runs else model, rules
+    return model, rules
 
 
-def plan_by_sensitivity(args: argparse.Namespace, rules: RuleBook, model: Any) -> Plan:
+def plan_by_sensitivity(args: argparse.Namespace, products: list[Product]) -> Plan:
     """Least sum of the losses that quantizers cause alone."""
     table = read_sensitivity(args.sensitivity, args.loss)
     args.candidates = args.candidates or table.bits
-    products = list_products(model.sam, rules.enabled, table.numel, table.macs)
     budgets = make_budgets(products, args.size_mb, args.bitops, args.average_bits)
     options = list_options(products, args.candidates, bounded_kinds(budgets))
-    check_sensitivity(
-        args.sensitivity, table, {path: bits for option in options for path, bits in option.needed.items()}
-    )
+    needed = {path: bits for option in options for path, bits in option.needed.items()}
+    check_sensitivity(args.sensitivity, table, needed)
     units = [option.unit(table.loss) for option in options]
-    uniform = {
-        f'W{b}A{b}': loss for b in args.candidates if (loss := uniform_loss(products, table.loss, b)) is not None
-    }
-    return Plan(budgets, options, allocate(units, budgets), uniform)
+    losses = {f'W{bits}A{bits}': uniform_loss(products, table.loss, bits) for bits in args.candidates}
+    return Plan(budgets, options, allocate(units, budgets), losses)
 
 
-def plan_by_importance(args: argparse.Namespace, rules: RuleBook, model: Any, importance: Importance) -> Plan:
+def plan_by_importance(args: argparse.Namespace, products: list[Product], importance: Importance) -> Plan:
     """Mix-QSAM's bits."""
-    macs = {choice.point.path: importance.macs[product_path(choice.point.path)] for choice in rules.enabled}
-    products = list_products(model.sam, rules.enabled, {}, macs)
     budgets = make_budgets(products, args.size_mb, args.bitops, None, LEAST)
     options = list_options(products, args.candidates, {'weight', 'act'}, equal=True)
     units, couplings = quadratic_programme(options, importance)
@@ -189,17 +188,19 @@ def plan_by_importance(args: argparse.Namespace, rules: RuleBook, model: Any, im
 
 
 def find_importance(
-    args: argparse.Namespace, config: Config, recipe: QuantConfig, model: Any, rules: RuleBook, work_dir: Path
+    args: argparse.Namespace, config: Config, recipe: QuantConfig, products: list[Product], work_dir: Path
 ) -> Importance:
     """Importances of an earlier call, or measured on calibration images and written to `importance.json`."""
-    paths = list(dict.fromkeys(product_path(choice.point.path) for choice in rules.enabled))
+    paths = [product.path for product in products]
     if args.importance is not None:
         return read_importance(args.importance, paths)
     calibration = recipe.calibration
+    model, _ = build_model(args, config, recipe, 'cpu')
+    model.to(get_device())
     with building(args.model_config, config):
         evaluated = image_names(build_dataset(config.test_dataloader.dataset))
         loader = build_calib_loader(config.calib_dataset, recipe, evaluated, 0, MMLogger.get_current_instance())
         model.attach_boxes(loader.dataset, cache_folder())
     importance = measure_importance(model, model.sam, loader, paths, calibration.max_boxes, calibration.seed)
-    write_json(work_dir / 'importance.json', asdict(importance))
+    write_json(work_dir / 'importance.json', importance)
     return importance

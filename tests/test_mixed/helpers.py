@@ -11,33 +11,30 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from ptqsam.config import load_quant_config
-from ptqsam.hardware import Meter
-from ptqsam.mixed.products import product_path
-from ptqsam.modules.walk import act_quantizers, quant_ops, quantizers, quantizers_off
+from ptqsam.modules.walk import quantizers, quantizers_off
 from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights
 from ptqsam.solver.datasets import build_calib_loader
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 
-COLUMNS = ('path', 'role', 'kind', 'bits', 'numel', 'macs', 'enabled_sqnr_db', 'enabled_iou')
+COLUMNS = ('path', 'role', 'kind', 'bits', 'enabled_sqnr_db', 'enabled_iou')
 
 
-def tiny_sam(folder: Path) -> Any:
-    """The tiny SAM as it is, without its weights."""
+def tiny_model(folder: Path) -> Any:
+    """The tiny pipeline's model in float, without its weights."""
     init_default_scope('mmdet')
-    return MODELS.build(Config.fromfile(folder / 'tiny.py').model).sam
+    return MODELS.build(Config.fromfile(folder / 'tiny.py').model).eval().requires_grad_(False)
 
 
-def tiny_model(folder: Path, bits: int) -> tuple[Any, RuleBook, Any]:
-    """The tiny pipeline's model with quantizers, the rules, and a loader of calibration images with boxes."""
-    init_default_scope('mmdet')
-    config = Config.fromfile(folder / 'tiny.py')
+def ready_model(folder: Path, bits: int) -> tuple[Any, RuleBook, Any]:
+    """The same with weights and quantizers, the rules, and a loader of calibration images with boxes."""
     options = {'bits': dict(weight=bits, act=bits), 'calibration.num_images': 1}
     rules = RuleBook(load_quant_config(folder / 'recipe.yaml', options))
-    model = MODELS.build(config.model).eval().requires_grad_(False)
+    model = tiny_model(folder)
     model.init_weights()
     quantize_model(model.sam, rules)
-    loader = build_calib_loader(config.calib_dataset, rules.config, (), 0, MMLogger.get_current_instance())
+    data = Config.fromfile(folder / 'tiny.py').calib_dataset
+    loader = build_calib_loader(data, rules.config, (), 0, MMLogger.get_current_instance())
     model.attach_boxes(loader.dataset, folder)
     return model, rules, loader
 
@@ -45,16 +42,10 @@ def tiny_model(folder: Path, bits: int) -> tuple[Any, RuleBook, Any]:
 @torch.no_grad()
 def sensitivity_rows(folder: Path, bits: int) -> list[dict[str, Any]]:
     """One row per quantizer of the tiny recipe with so many bits."""
-    model, rules, loader = tiny_model(folder, bits)
+    model, rules, loader = ready_model(folder, bits)
     calibrate_activations(model, model.sam, loader, 4, 0)
     calibrate_weights(model.sam)
     ((image, boxes),) = model.sam_inputs(next(iter(loader)))
-    numel, macs = {path: op.weight.numel() for path, op in named_weights(model.sam)}, {}
-    handles = [
-        quantizer.register_forward_pre_hook(lambda module, args: numel.update({module.path: args[0].numel()}))
-        for quantizer in act_quantizers(model.sam)
-    ]
-    meter = Meter(model.sam, {}, 1)
     exact = None
     rows = []
     points = {choice.point.path: choice.point for choice in rules.enabled}
@@ -65,10 +56,6 @@ def sensitivity_rows(folder: Path, bits: int) -> list[dict[str, Any]]:
             logits, _ = model.decode_logits(model.encode(image), boxes)
         if quantizer is None:
             exact = logits
-            macs = {product.path: product.macs for product in meter.products}
-            meter.remove()
-            for handle in handles:
-                handle.remove()
             continue
         error, (a, b) = (logits - exact).square().sum(), (logits > 0, exact > 0)
         point = points[quantizer.path]
@@ -78,18 +65,11 @@ def sensitivity_rows(folder: Path, bits: int) -> list[dict[str, Any]]:
                 role=point.role,
                 kind=point.kind,
                 bits=bits,
-                numel=numel[point.path],
-                macs=macs[product_path(point.path)],
                 enabled_sqnr_db=float(10 * torch.log10(exact.square().sum() / error)),
                 enabled_iou=float((a & b).sum() / (a | b).sum().clamp(min=1)),
             )
         )
     return rows
-
-
-def named_weights(sam: torch.nn.Module) -> Any:
-    """Path of a weight's quantizer, and its operator."""
-    return [(quantizer.path, op) for _, op, quantizer in quant_ops(sam)]
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -11,7 +11,6 @@ import torch
 from ptqsam.errors import AssetError
 from ptqsam.mixed.allocate import allocate
 from ptqsam.mixed.mix_qsam import (
-    Importance,
     mask_divergence,
     normalised,
     quadratic_programme,
@@ -51,14 +50,14 @@ def layers(count):
 def test_quadratic_programme_is_solved_exactly(weight):
     rng = np.random.default_rng(3)
     products = layers(5)
-    importance = Importance({p.path: rng.random(3).tolist() for p in products}, {})
+    importance = {p.path: rng.random(3).tolist() for p in products}
     options = list_options(products, (2, 3, 4, 6), {'weight', 'act'}, equal=True)
     assert all(option.widths == [(b, b) for b in (2, 3, 4, 6)] for option in options)
     budgets = make_budgets(products, dict(weight=4, act=4), dict(weight=4, act=4), None, least=0.8)
     units, couplings = quadratic_programme(options, importance, weight)
     found = allocate(units, budgets, couplings)
 
-    shares = normalised(np.array(list(importance.divergence.values())))
+    shares = normalised(np.array(list(importance.values())))
     strengths = synergy(shares) / synergy(shares).sum()
     values = {}
     for bits in product((2, 3, 4, 6), repeat=5):
@@ -73,7 +72,7 @@ def test_quadratic_programme_is_solved_exactly(weight):
 
 def test_strong_synergy_makes_bits_equal():
     products = layers(5)
-    importance = Importance({p.path: [float(n + 1) ** 3] for n, p in enumerate(products)}, {})
+    importance = {p.path: [float(n + 1) ** 3] for n, p in enumerate(products)}
     options = list_options(products, (2, 3, 4, 5, 6), {'weight', 'act'}, equal=True)
     budgets = make_budgets(products, dict(weight=4, act=4), dict(weight=4, act=4), None)
 
@@ -93,11 +92,11 @@ def test_zeroed_activations():
 
 def test_importances_of_another_model_are_refused(tmp_path):
     path = tmp_path / 'importance.json'
-    path.write_text(json.dumps(dict(divergence={'a': [1.0], 'b': [2.0]}, macs={'a': 1, 'b': 2})))
-    assert read_importance(path, ['a', 'b']).macs == {'a': 1, 'b': 2}
+    path.write_text(json.dumps({'a': [1.0], 'b': [2.0]}))
+    assert read_importance(path, ['a', 'b']) == {'a': [1.0], 'b': [2.0]}
     with pytest.raises(AssetError, match='another model'):
         read_importance(path, ['a', 'c'])
-    for text in ('{', '[]', '{"divergence": {"a": 3}, "macs": {}}'):
+    for text in ('{', '[]', '{"a": 3}', '{"a": []}'):
         path.write_text(text)
         with pytest.raises(AssetError, match='importances'):
             read_importance(path, ['a'])

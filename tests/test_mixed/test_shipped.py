@@ -9,27 +9,27 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from ptqsam.config import load_quant_config
-from ptqsam.mixed.plan import takes
-from ptqsam.mixed.products import list_products
+from ptqsam.mixed.plan import takes, uniform_costs
+from ptqsam.mixed.products import count_products
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.tiny import ROOT
 
 RECIPES = sorted((ROOT / 'exp' / 'mixed').glob('*.yaml'))
-SAM = ROOT / 'configs' / 'oracle' / 'oracle_mobile-sam.py'
+PIPELINE = ROOT / 'configs' / 'oracle' / 'oracle_mobile-sam.py'
 
 
 @pytest.fixture(scope='module')
 def quantized():
-    """Recipe -> rules and quantized MobileSAM, on the meta device."""
+    """Recipe -> rules and pipeline with a quantized MobileSAM, on the meta device."""
     init_default_scope('mmdet')
 
     def quantize(recipe):
         rules = RuleBook(load_quant_config(recipe))
         with torch.device('meta'):
-            sam = MODELS.build(Config.fromfile(SAM).model.sam)
-            quantize_model(sam, rules)
-        return rules, sam
+            model = MODELS.build(Config.fromfile(PIPELINE).model).eval().requires_grad_(False)
+            quantize_model(model.sam, rules)
+        return rules, model
 
     return quantize
 
@@ -40,7 +40,7 @@ def test_there_are_some():
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_its_base_with_other_bits(recipe, quantized):
-    rules, sam = quantized(recipe)
+    rules, model = quantized(recipe)
     base = recipe.parent / re.search(r'^_base_: (.*)$', recipe.read_text(), re.MULTILINE)[1]
     others, _ = quantized(base)
     for new, old in zip(rules.choices, others.choices, strict=True):
@@ -53,10 +53,18 @@ def test_recipe_is_its_base_with_other_bits(recipe, quantized):
     assert rules.config.algorithm == f'mixed/{recipe.stem}'
     bits = {choice.point.path: choice.bits for choice in rules.enabled}
     assert len(set(bits.values())) > 2
-    # the comment's table: averages and MB of packed weights
-    row = next(line.split() for line in recipe.read_text().splitlines() if line.startswith('# mixed '))
-    products = list_products(sam, rules.enabled, {}, {})
+    text, target = recipe.read_text().splitlines(), 'W4A4' if '4' in recipe.stem else 'W6A6'
+    # the comment's table, made for 16 boxes
+    row, uniform = (next(line.split() for line in text if line.startswith(f'# {name} ')) for name in ('mixed', target))
+    products = count_products(model, rules.enabled, 16)
     taken = [takes(product, tuple(bits[factor.path] for factor in product.factors)) for product in products]
-    values = sum(factor.numel for product in products for factor in product.factors if factor.kind == 'weight')
-    assert row[2] == f'{sum(cost["weight"] for cost in taken) / values:.3f}'
-    assert row[4] == f'{sum(cost["size"] for cost in taken) / 1e6:.3f}'
+    sums = {name: sum(cost[name] for cost in taken) for name in taken[0]}
+    ones = uniform_costs(products, dict(weight=1, act=1))
+    averages = [sums[kind] / ones[kind] for kind in ('weight', 'act')]
+    assert row[2:5] + row[6:7] == [
+        *(f'{average:.3f}' for average in averages),
+        f'{sums["size"] / 1e6:.3f}',
+        f'{sums["bitops"] / 1e9:.1f}',
+    ]
+    bounded = (2, 3) if 'average' in recipe.stem else (4, 6)
+    assert all(float(row[column]) <= float(uniform[column]) for column in bounded)

@@ -6,18 +6,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ptqsam import cli
 from ptqsam.config import load_quant_config
-from ptqsam.mixed.mix_qsam import measure_importance
 from ptqsam.mixed.plan import takes, uniform_costs
-from ptqsam.mixed.products import list_products, product_path
+from ptqsam.mixed.products import count_products
 from ptqsam.mixed.sensitivity import read_sensitivity
 from ptqsam.mixed.tool import main
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
-from tests.test_mixed.helpers import sensitivity_rows, tiny_model, tiny_sam, write_table
+from tests.test_mixed.helpers import sensitivity_rows, tiny_model, write_table
 from tests.tiny import ROOT, tool_command
 
 WIDTHS = (2, 4, 8)
@@ -36,7 +36,8 @@ def allocate(tiny, table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*options, source=('--sensitivity', table), candidates=WIDTHS):
-        arguments = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--output', tmp_path / 'mixed.yaml', *source, *options]
+        files = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--output', tmp_path / 'mixed.yaml']
+        arguments = [*files, *source, *options]
         return main([str(argument) for argument in (*arguments, '--candidates', *candidates)])
 
     return call
@@ -57,10 +58,13 @@ def packed_weight_bytes(manifest, tensors):
     return sum(tensors[f'{layer}.{part}'].nbytes for layer in layers for part in parts)
 
 
-def products_of(tiny, table):
-    model, rules, _ = tiny_model(tiny, 4)
-    read = read_sensitivity(table)
-    return list_products(model.sam, rules.enabled, read.numel, read.macs)
+def products_of(tiny, boxes=4):
+    """The tiny model's products."""
+    rules = RuleBook(load_quant_config(tiny / 'recipe.yaml'))
+    with torch.device('meta'):
+        model = tiny_model(tiny)
+        quantize_model(model.sam, rules)
+    return count_products(model, rules.enabled, boxes)
 
 
 def totals(products, bits):
@@ -72,7 +76,7 @@ def totals(products, bits):
 def written_bits(tiny, folder):
     """Path of a quantizer -> bits that the written recipe gives it."""
     rules = RuleBook(load_quant_config(folder / 'mixed.yaml'))
-    quantize_model(tiny_sam(tiny), rules)
+    quantize_model(tiny_model(tiny).sam, rules)
     return {choice.point.path: choice.bits for choice in rules.enabled}
 
 
@@ -82,7 +86,7 @@ def own_text(folder):
 
 
 def test_recipe_runs_and_keeps_the_size_as_packed(tiny, table, allocate, tmp_path, capsys):
-    products = products_of(tiny, table)
+    products = products_of(tiny)
     uniform = uniform_costs(products, dict(weight=4, act=4))
     assert allocate('--size-mb', f'{uniform["size"] / 1e6:.6f}', '--bitops', 'w4a4') == 0
     out = capsys.readouterr().out
@@ -103,12 +107,12 @@ def test_recipe_runs_and_keeps_the_size_as_packed(tiny, table, allocate, tmp_pat
 def test_uniform_sizes_are_those_of_a_uniform_run(tiny, table, tmp_path):
     (tmp_path / 'mixed.yaml').write_text(f'_base_: {tiny / "recipe.yaml"}\nbits: {{weight: 5, act: 4}}\n')
     size = packed_weight_bytes(*quantize(tiny, tmp_path))
-    assert uniform_costs(products_of(tiny, table), dict(weight=5, act=4))['size'] == size
+    assert uniform_costs(products_of(tiny), dict(weight=5, act=4))['size'] == size
 
 
 def test_average_bits_bound_weights_and_activations(tiny, table, allocate, tmp_path):
     assert allocate('--average-bits', 3.5, '--loss', 'iou') == 0
-    products = products_of(tiny, table)
+    products = products_of(tiny)
     taken, ones = totals(products, written_bits(tiny, tmp_path)), uniform_costs(products, dict(weight=1, act=1))
     for kind in ('weight', 'act'):
         assert 2.8 < taken[kind] / ones[kind] <= 3.5
@@ -134,14 +138,13 @@ def test_mix_qsam_measures_and_can_do_without_measuring_again(tiny, allocate, tm
     assert allocate('--images', 2, *budgets, source=source, candidates=range(2, 7)) == 0
     measured, first = tmp_path / 'work_dirs' / 'mixed' / 'mixed' / 'importance.json', own_text(tmp_path)
     content = json.loads(measured.read_text())
-    assert all(len(values) == 2 and max(values) > 0 for values in content['divergence'].values())
+    assert all(len(values) == 2 and max(values) > 0 for values in content.values())
     kept = measured.rename(tmp_path / 'importance.json')
     assert allocate('--importance', kept, *budgets, source=source, candidates=range(2, 7)) == 0
     assert own_text(tmp_path) == first and not measured.exists()
 
-    model, rules, _ = tiny_model(tiny, 4)
-    paths = [choice.point.path for choice in rules.enabled]
-    products = list_products(model.sam, rules.enabled, {}, {p: content['macs'][product_path(p)] for p in paths})
+    products = products_of(tiny)
+    assert list(content) == [product.path for product in products]
     bits = written_bits(tiny, tmp_path)
     assert all(len({bits[factor.path] for factor in product.factors}) == 1 for product in products)
     taken, uniform = totals(products, bits), uniform_costs(products, dict(weight=4, act=4))
@@ -149,15 +152,21 @@ def test_mix_qsam_measures_and_can_do_without_measuring_again(tiny, allocate, tm
         assert 0.95 * uniform[name] <= taken[name] <= uniform[name]
 
 
-def test_multiplications_are_those_of_the_table(tiny, table):
-    """Two ways of counting: hooks of the hardware report on a run of the tool's own, and the table's."""
-    model, _, loader = tiny_model(tiny, 4)
-    paths = ['image_encoder.blocks.0.mlp.lin1', 'image_encoder.blocks.1.attn.qk', 'image_encoder.neck.0']
-    measured = measure_importance(model, model.sam, loader, paths, 4, 0)
-    by_hand = [16 * 32 * 128, 16 * 16 * 32, 16 * 32 * 16]
-    assert list(measured.macs.values()) == by_hand
-    of_table = {product.path: product.macs for product in products_of(tiny, table)}
-    assert [of_table[path] for path in paths] == by_hand
+def test_counts_by_hand(tiny):
+    """An image of 64 pixels has 16 tokens; 32 channels and two heads in the encoder, 16 channels in the decoder."""
+    counted = {product.path: product for product in products_of(tiny, boxes=3)}
+    assert counted['image_encoder.blocks.0.mlp.lin1'].macs == 16 * 32 * 128
+    assert counted['image_encoder.blocks.1.attn.qk'].macs == 16 * 16 * 32
+    assert counted['image_encoder.neck.0'].macs == 16 * 32 * 16
+    softmax, v = counted['image_encoder.blocks.1.attn.softmax_v'].factors[::-1]
+    assert (softmax.numel, v.numel) == (2 * 16 * 16, 16 * 32)
+    lin1 = counted['mask_decoder.transformer.layers.0.mlp.lin1']
+    # 5 output tokens and the 2 corners of a box
+    assert lin1.macs == 3 * 7 * 16 * 32 and lin1.bit_operations((3, 5)) == 15 * lin1.macs
+    assert [(f.numel, f.channels, f.packed_bytes(3)) for f in lin1.factors] == [
+        (3 * 7 * 16, 0, 0),
+        (512, 32, 192 + 160),
+    ]
 
 
 def changed(table, tmp_path, change):
@@ -190,7 +199,7 @@ def test_missing_table_and_missing_column(allocate, table, tmp_path, capsys):
     assert 'no such sensitivity table' in capsys.readouterr().err
     (tmp_path / 'bare.csv').write_text('path,bits\na,4\n')
     assert allocate('--average-bits', 4, source=('--sensitivity', tmp_path / 'bare.csv')) == 3
-    assert "lacks column 'kind'" in capsys.readouterr().err
+    assert "lacks column 'enabled_sqnr_db'" in capsys.readouterr().err
 
 
 def test_infeasible_budget_names_the_smallest(allocate, capsys):

@@ -18,8 +18,9 @@ from ptqsam.solver.rules import Point, RuleBook, part_of
 from tests.tiny import ROOT
 
 CONFIGS = [path for path in sorted((ROOT / 'configs').glob('*/*.*')) if path.parent.name != '_base_']
-# bits in `mixed` are those of one SAM, whose name begins the file's; tests/test_mixed/test_shipped.py has them
-RECIPES = sorted(path for path in (ROOT / 'exp').glob('*/*.yaml') if path.parent.name not in ('_base_', 'mixed'))
+# `sweeps` are no recipes; bits in `mixed` are those of one SAM (tests/test_mixed/test_shipped.py)
+OTHERS = ('_base_', 'mixed', 'sweeps')
+RECIPES = sorted(path for path in (ROOT / 'exp').glob('*/*.yaml') if path.parent.name not in OTHERS)
 # one config per SAM: the detector has no part in quantization
 SAMS = {path.stem.rpartition('_')[2]: path for path in CONFIGS if path.parent.name == 'oracle'}
 # encoder blocks; each has 12 quantizers, the neck 4, each of the 7 decoder attentions 12, each of the 2 MLPs 4
