@@ -45,7 +45,7 @@ class Case:
 
     def __init__(self, args: Namespace, config: Config, recipe: QuantConfig, folder: Path, cache_dir: Path) -> None:
         # of the evaluated images only the names matter: none of them calibrates
-        own = dict(limit=1, eval_fp=False, show_dir=None, resume=False, load=None, wandb=None)
+        own = dict(limit=1, eval_fp=False, show_dir=None, resume=False, load=None, share_work=False, wandb=None)
         options = Namespace(model_config=args.model_config, quant_config=args.quant_config, **own)
         self.loop: PTQLoop = build_runner(config, recipe, options, folder, cache_dir).test_loop
         self.recipe = recipe
