@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from threading import Event
 from typing import Any
@@ -14,6 +15,8 @@ from ptqsam.sweep.spec import Resources
 RETRIES = 5
 # bytes of Ray's store of objects on this machine, about the least that it takes
 _STORE = 100_000_000
+# seconds for a cluster to answer
+_PATIENCE = 10.0
 # seconds between looks at whether the sweep is to stop
 _GLANCE = 1.0
 
@@ -86,14 +89,26 @@ def _connect(ray: Any, address: str | None, cores: int | None) -> None:
         # results lie in files: next to nothing is kept in Ray's store
         settings |= dict(address='local', num_cpus=cores, include_dashboard=False, object_store_memory=_STORE)
     try:
+        _demand_listener(address)
         ray.init(**settings)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         where = 'a Ray cluster here' if address is None else f'the Ray cluster {address}'
         said = ' '.join(str(error).split())[:200]
         raise ConfigError(
             f'--engine ray: {where} cannot be reached ({said}); start one with `ray start --head`, or leave out '
             '--ray-address to use this machine alone'
         ) from None
+
+
+def _demand_listener(address: str | None) -> None:
+    """Fail at once where nobody listens; Ray itself would try for many minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = (address or '').rpartition(':')
+    if port.isdigit():
+        socket.create_connection((host.removeprefix('ray://'), int(port)), _PATIENCE).close()
 
 
 def _demand_room(ray: Any, needs: dict[str, Any]) -> None:
