@@ -38,6 +38,8 @@ FOLDER = Path(os.environ.get('PTQSAM_DETECTORS', ROOT.parent / 'shared' / 'spec'
 needed = pytest.mark.skipif(
     not FOLDER.is_dir(), reason=f'no conformance data of detectors in {FOLDER}; set PTQSAM_DETECTORS'
 )
+# the order of proposals; groups that depend on it; scores that are closer are tied (memory agrees within 1e-5)
+TOP, ORDERED, TIE = 'enc/topk_idx', ('dec', 'out', 'final'), 2e-5
 # the order of the computation: the first group that fails names the part at fault
 GROUPS = ('feat', 'src', 'pos', 'mask', 'memory', 'enc', 'dec', 'out', 'final')
 # key, without the number of a level -> largest absolute deviation; the first that matches counts
@@ -112,10 +114,14 @@ class Official:
 
         Prints the deviations, for `pytest -s`.
         """
-        found = False
+        found, swapped = False, self.swapped(case, seen)
+        if swapped and group in ORDERED:
+            pytest.skip(f'{swapped} proposals stand in another order here: their scores differ by rounding only')
         for name, golden in self.golden.items():
             key = name.removeprefix(f'{case}/')
             if key == name or not key.startswith(group) or key.endswith(('_gap', '/rows')):
+                continue
+            if swapped and key == TOP:
                 continue
             found = True
             tolerance = next(value for pattern, value in TOLERANCES.items() if re.search(pattern, key))
@@ -126,6 +132,18 @@ class Official:
             assert deviation <= tolerance, f'{name}: {deviation:.3g} from the golden values, allowed {tolerance}'
         # without padding there is no mask
         assert found or not any(key.startswith(group) for key in seen)
+
+    def swapped(self, case: str, seen: dict[str, np.ndarray]) -> int:
+        """Proposals that stand elsewhere than in the original, because a tie went the other way.
+
+        Processors round differently, and some scores are closer than that. 0 if all stand where they belong, or if one
+        stands where its score has no business, which `check` then reports.
+        """
+        if (golden := self.golden.get(f'{case}/{TOP}')) is None or TOP not in seen:
+            return 0
+        ours, scores = np.asarray(seen[TOP]), self.golden[f'{case}/enc/score']
+        tied = np.abs(scores[ours] - scores[golden]).max() <= TIE
+        return int((ours != golden).sum()) if tied else 0
 
     def _stand_in(self, name: str, shape: list[int]) -> Tensor:
         z = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))

@@ -148,7 +148,9 @@ def test_every_config_has_one_of_these_sams():
     assert set(SAMS) == {'mobile-sam', *DEPTHS}
     archs = [Config.fromfile(path).model.sam.arch for path in CONFIGS]
     # that of the small SAM with random weights is written out
-    assert {arch for arch in archs if isinstance(arch, str)} == {Config.fromfile(path).model.sam.arch for path in SAMS.values()}
+    assert {arch for arch in archs if isinstance(arch, str)} == {
+        Config.fromfile(path).model.sam.arch for path in SAMS.values()
+    }
 
 
 def test_expected_recipes_are_there():
