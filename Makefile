@@ -20,8 +20,8 @@ demo: setup ## quantize MobileSAM to 6 bits on composed scenes, print the table 
 	$(BIN)/python tools/test_quant.py configs/demo/demo.py exp/mse/w6a6.yaml --eval-fp \
 		--show-dir work_dirs/demo/masks --work-dir work_dirs/demo $(ARGS)
 
-test: setup ## run the tests; make test ARGS="-k rules" passes options to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, on all cores; make test ARGS="-k rules" passes options to pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ REQUIRES = [
 # wandb-workspaces: the definition of a dashboard comes from a method that is not public
 WANDB = ['wandb>=0.28.2', 'wandb-workspaces>=0.4.13,<0.5']
 RAY = ['ray>=2.40,<3']
-DEV = ['hypothesis>=6.100', 'mypy>=1.10', 'pytest>=8.2', 'ruff>=0.9', 'types-PyYAML', *WANDB, *RAY]
+DEV = ['hypothesis>=6.100', 'mypy>=1.10', 'pytest>=8.2', 'pytest-xdist>=3.5', 'ruff>=0.9', 'types-PyYAML', *WANDB, *RAY]
 
 
 def read_version() -> str:

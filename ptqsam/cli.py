@@ -30,8 +30,8 @@ from ptqsam.launch import lost_others, report_failure, report_lost, tell_others,
 from ptqsam.reconstruction.cache import is_out_of_memory
 from ptqsam.registry import SOLVER_HOOKS, check_part
 from ptqsam.report import result_table
-from ptqsam.solver.loop import PREPARATION_FILES, RESULT_FILES
 from ptqsam.solver.options import RunOptions
+from ptqsam.solver.outputs import PREPARATION_FILES, RESULT_FILES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +107,14 @@ def end_with_starter() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line that may have values of `k=v` which mmengine cannot read."""
+    try:
+        return parser.parse_args(argv)
+    except RecursionError:
+        parser.error('cannot read a value of k=v; put lists of dicts into the file itself')
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; bad usage exits with 2."""
     parser = argparse.ArgumentParser(prog='ptqsam-test', description='Quantize the SAM of a pipeline and evaluate it.')
@@ -145,10 +153,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='share the work with the other processes of torchrun (pytorch) or srun (slurm)',
     )
     parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
-    try:
-        args = parser.parse_args(argv)
-    except RecursionError:  # mmengine's parser of k=v
-        parser.error('--quant-options or --cfg-options: cannot read a value; put lists of dicts into the file itself')
+    args = parse_words(parser, argv)
     if args.limit is not None and args.limit < 1:
         parser.error('--limit must be at least 1')
     if args.wandb_options and not args.wandb:

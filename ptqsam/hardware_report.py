@@ -24,7 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptqsam.checkpoint import load_packed, read_manifest
-from ptqsam.cli import cache_folder, check_writable, exit_code_of, expand_folders, load_model_config, unwrap
+from ptqsam.cli import (
+    cache_folder,
+    check_writable,
+    exit_code_of,
+    expand_folders,
+    load_model_config,
+    parse_words,
+    unwrap,
+)
 from ptqsam.errors import AssetError, ConfigError, GateError
 from ptqsam.fileio import atomic_path, write_json, write_text
 from ptqsam.hardware import measure_products
@@ -70,10 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'channel at each place; how it gets there (absorbed by the layer before, gather, or none) is in hardware.json',
     )
     parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
-    try:
-        args = parser.parse_args(argv)
-    except RecursionError:  # mmengine's parser of k=v
-        parser.error('--cfg-options: cannot read a value; put lists of dicts into the file itself')
+    args = parse_words(parser, argv)
     if args.images < 1:
         parser.error('--images must be at least 1')
     return args

@@ -32,12 +32,15 @@ class StrictYamlHandler(YamlHandler):
         return yaml.load(file, Loader=StrictLoader)
 
 
-def check_yaml_chain(path: Path, above: tuple[Path, ...] = ()) -> None:
-    """Refuse a YAML file, or one that it inherits from, that cannot be read, with a clear message.
+def yaml_chain(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """A YAML file and all that it inherits from; each is read, and refused with a clear message if it cannot be.
 
     Args:
         path: the file.
         above: files that inherit from it.
+
+    Returns:
+        The files, the given one first.
 
     Raises:
         ConfigError: missing, not UTF-8, not YAML, no mapping, wrong ``_base_``, or its own base.
@@ -53,8 +56,9 @@ def check_yaml_chain(path: Path, above: tuple[Path, ...] = ()) -> None:
         raise ConfigError(f'{path}: not valid YAML ({" ".join(str(error).split())})') from None
     if not isinstance(content, dict):
         raise ConfigError(f'{path}: a recipe is a mapping of keys to values; see exp/minmax/w8a8.yaml')
-    bases = content.get('_base_', [])
+    bases, files = content.get('_base_', []), [path]
     for base in [bases] if isinstance(bases, str) else bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or not base.endswith(('.yaml', '.yml')):
             raise ConfigError(f'{path}: _base_ names {base!r}, but a recipe inherits from YAML files')
-        check_yaml_chain((path.parent / base).resolve(), (*above, path))
+        files += yaml_chain((path.parent / base).resolve(), (*above, path))
+    return files

@@ -10,8 +10,8 @@ from hypothesis import settings
 
 from tests.tiny import RECIPE, ROOT, write_pipeline
 
-# set before torch is imported: tests are small, and more threads than this only get in each other's way
-os.environ.setdefault('OMP_NUM_THREADS', '2')
+# set before torch is imported: tests are small, and `make test` runs one process of them per core
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 # no test may depend on a network or wait for one, whatever the shell is set to
 os.environ['WANDB_MODE'] = 'offline'

@@ -26,6 +26,7 @@ from ptqsam.report.summary import run_label
 from ptqsam.solver.reconstruct import first_pass
 from ptqsam.solver.rules import select_points
 
+SUMMARY = 'analysis.json'
 FILES = {
     'sensitivity': ('sensitivity.csv', 'sensitivity.png', 'roles.png'),
     'statistics': ('statistics.csv', 'statistics.png', 'histograms.json', 'histograms.png', 'channel_groups.json'),
@@ -65,7 +66,7 @@ class Analysis:
             references = reference_logits(case.model, samples)
         own = case.packed(self.packed) if self.packed else case.calibrated(OWN)
         choices = select_points(own.rules.enabled, self.args.points)
-        for name in self.files(existing=False):
+        for name in (*self.files(existing=False), SUMMARY):
             # what an earlier analysis left must not look like the result of this one
             (self.folder / name).unlink(missing_ok=True)
         statistics: list[Statistics] = []
@@ -76,7 +77,7 @@ class Analysis:
         if 'sensitivity' in self.args.what:
             with first_pass(case.model):
                 sizes = measure_sizes(own, samples)
-            scores = ScoreFile(self.folder / 'partial.json', self.conditions(case))
+            scores = ScoreFile(self.folder, self.conditions(case))
             table = self.folder / 'sensitivity.csv'
             self.examination = Examination(choices, self.args.bits, samples, references, sizes, scores, table)
             self.examination.run(lambda bits: self.subject_at(bits, own))
@@ -87,7 +88,7 @@ class Analysis:
             rows = self.examination.rows() if self.examination else []
             plot_statistics(self.folder / 'statistics.png', statistics, rows)
         summary = self.summary(own, sum(len(sample.boxes) for sample in samples))
-        write_json(self.folder / 'analysis.json', summary)
+        write_json(self.folder / SUMMARY, summary)
         return summary
 
     def open_case(self, bits: int | None) -> Case:

@@ -47,7 +47,9 @@ class Case:
         # of the evaluated images only the names matter: none of them calibrates
         own = dict(limit=1, eval_fp=False, show_dir=None, resume=False, load=None, share_work=False, wandb=None)
         options = Namespace(model_config=args.model_config, quant_config=args.quant_config, **own)
-        self.loop: PTQLoop = build_runner(config, recipe, options, folder, cache_dir).test_loop
+        # what is learned comes from a packed checkpoint; the loop would keep a copy of the model for it
+        unlearned = recipe.model_copy(update=dict(reconstruction=None))
+        self.loop: PTQLoop = build_runner(config, unlearned, options, folder, cache_dir).test_loop
         self.recipe = recipe
         self.loop.model.eval()
         with self.loop.stage('load'):
@@ -126,7 +128,7 @@ def float_weight(op: QuantOp) -> Tensor:
     return op.weight.detach() if op.original is None else op.original
 
 
-def at_bits(recipe: QuantConfig, bits: int | None) -> QuantConfig:
-    """The recipe from statistics alone, with one bit width for all quantizers; None: those that it has."""
-    rules = recipe.rules if bits is None else (*recipe.rules, Rule(match=('*',), bits=bits))
+def at_bits(recipe: QuantConfig, bits: int) -> QuantConfig:
+    """The recipe from statistics alone, with one bit width for all quantizers."""
+    rules = (*recipe.rules, Rule(match=('*',), bits=bits))
     return recipe.model_copy(update=dict(rules=rules, reconstruction=None))

@@ -16,6 +16,7 @@ from ptqsam.cli import (
     exit_code_of,
     expand_folders,
     load_model_config,
+    parse_words,
     recipe_name,
 )
 from ptqsam.config import QuantConfig, load_quant_config
@@ -71,10 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--quant-options', nargs='+', action=DictAction, default={}, help='override the recipe, k=v')
     parser.add_argument('--seed', type=int, help="seed of calibration images and boxes, default the recipe's")
     parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
-    try:
-        return parser.parse_args(argv)
-    except RecursionError:  # mmengine's parser of k=v
-        parser.error('--quant-options or --cfg-options: cannot read a value; put lists of dicts into the file itself')
+    return parse_words(parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -59,15 +59,15 @@ class Score(NamedTuple):
 
 
 class ScoreFile:
-    """Scores by name, in a JSON file that is complete at any time; a file made under other conditions is not read.
+    """Scores by name, in a JSON file that is complete at any time; each conditions have a file of their own.
 
     Args:
-        path: of the file.
+        folder: of the file.
         conditions: fingerprint of what the scores depend on.
     """
 
-    def __init__(self, path: Path, conditions: str) -> None:
-        self.path = path
+    def __init__(self, folder: Path, conditions: str) -> None:
+        self.path = path = folder / f'scores-{conditions[:12]}.json'
         self.conditions = conditions
         self.scores: dict[str, Score] = {}
         self._written = time.monotonic()

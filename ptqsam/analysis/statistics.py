@@ -46,6 +46,14 @@ SCORE = 0.01
 SHIFT, BINS = 15, 1 << 16
 
 
+def peak_stride(x: Tensor) -> int:
+    """Step between the values in which peaks are looked for; it leaves out no channel (last axis)."""
+    stride = max(1, math.ceil(x.numel() / PEAK_VALUES))
+    while math.gcd(stride, x.shape[-1]) > 1:
+        stride += 1
+    return stride
+
+
 @dataclass(frozen=True)
 class Statistics:
     """A row of `statistics.csv`; what does not apply to a point is None.
@@ -121,8 +129,7 @@ class Collector:
         self.errors = self.errors + error_sums(x, self.quantizer.decode(self.quantizer.encode(x)))
         if self.peaks is None:
             prompt = x[0] if self.choice.point.role.startswith('decoder.') else x
-            values = prompt.flatten()
-            self.peaks = len(bimodality(values[:: math.ceil(values.numel() / PEAK_VALUES)]).peaks)
+            self.peaks = len(bimodality(prompt.flatten()[:: peak_stride(prompt)]).peaks)
         if self.arrange is None:
             self.above += int((x > SCORE).sum())
             return

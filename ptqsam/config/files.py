@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from ptqsam.config.recipe import QuantConfig
 from ptqsam.errors import ConfigError
-from ptqsam.yaml_files import check_yaml_chain
+from ptqsam.yaml_files import yaml_chain
 
 S = TypeVar('S', bound=BaseModel)
 LISTS = ('hooks', 'rules')
@@ -34,7 +34,7 @@ def load_quant_config(path: str | Path, overrides: dict[str, Any] | None = None)
     path = Path(path)
     if path.suffix not in ('.yaml', '.yml') or not path.is_file():
         raise ConfigError(f'{path}: no such recipe; recipes lie in exp/<algorithm>/<bits>.yaml')
-    check_yaml_chain(path.resolve())
+    yaml_chain(path.resolve())
     try:
         config = Config.fromfile(path, import_custom_modules=False)
     except (KeyError, TypeError) as error:

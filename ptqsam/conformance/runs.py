@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ from ptqsam.conformance.expectations import Entry, Scenes
 from ptqsam.conformance.metrics import FAILED, OK, SKIPPED
 from ptqsam.errors import AssetError, ConfigError, PTQSAMError
 from ptqsam.fileio import fingerprint, folder_lock, write_json
-from ptqsam.sweep.run_cell import INTERRUPTED, reason
+from ptqsam.sweep.cells import file_hash, named_files
+from ptqsam.tool_process import INTERRUPTED, reason, run_tool
 
 # the numbers of README.md and docs/ are those of one thread, and at low bits they depend on it
 THREADS = 1
@@ -122,11 +122,11 @@ class Runs:
     def _key(self, name: str) -> str:
         """Name of all that the result of an entry depends on."""
         entry = self.entries[name]
-        config = load_model_config(str(entry.config), entry.cfg_options).to_dict()
+        config = load_model_config(str(entry.config), entry.cfg_options)
         return fingerprint(
             dict(
-                config=config,
-                files=[(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in files_in(config)],
+                config=config.to_dict(),
+                files=[file_hash(path) for path in named_files(config)],
                 recipe=load_quant_config(str(entry.recipe), entry.quant_options).plain(),
                 options=[entry.limit, entry.seed, entry.eval_fp, str(entry.scenes)],
                 loaded=self._key(entry.load) if entry.load else None,
@@ -164,20 +164,13 @@ class Runs:
             AssetError: it fails, with its last words.
         """
         path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get('PYTHONPATH'))))
-        own = dict(PYTHONPATH=path, OMP_NUM_THREADS=str(THREADS), MPLBACKEND='Agg', PTQSAM_PARENT=str(os.getpid()))
-        with console.open('w', encoding='utf-8') as file:
-            done = subprocess.run(
-                [sys.executable, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **own},
-            )
-        if done.returncode:
-            if done.returncode == INTERRUPTED:  # Ctrl-C has reached the tool first
-                raise KeyboardInterrupt
-            said = reason(console, 0, done.returncode).removeprefix('error: ')
-            raise AssetError(f'{said} (see {console})')
+        with console.open('wb') as file:
+            own = dict(PYTHONPATH=path, MPLBACKEND='Agg')
+            code = run_tool([sys.executable, *words], file.fileno(), THREADS, own)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            raise AssetError(f'{reason(console, 0, code).removeprefix("error: ")} (see {console})')
 
 
 def option_words(options: dict[str, Any]) -> list[str]:
@@ -205,13 +198,6 @@ def missing_assets(entry: Entry) -> str:
     return ', '.join(f'no {row.what}: {row.found}' for row in rows if row.state == 'missing')
 
 
-def files_in(config: Any) -> list[str]:
-    """Files that a config names, such as checkpoints and annotations."""
-    if isinstance(config, dict | list | tuple):
-        return [file for value in (config.values() if isinstance(config, dict) else config) for file in files_in(value)]
-    return [config] if isinstance(config, str) and config and Path(config).is_file() else []
-
-
 @cache
 def setting() -> dict[str, Any]:
     """What all entries depend on: the code, the packages below it, the device."""
@@ -235,8 +221,8 @@ def make_own(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a check of something else has left."""
-    for path in folder.iterdir():
+    """Remove what a check of something else has left; last the file that says that a check has made the folder."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == STATE):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -19,15 +19,8 @@ from ptqsam.modules.walk import act_quantizers, quant_ops
 from ptqsam.solver.rules import Choice
 
 FLOAT_BITS = 32
-# last part of a factor's path -> of the other one's, and of the product's
-PARTNERS = {
-    'input': ('weight', ''),
-    'weight': ('input', ''),
-    'q': ('k', '.qk'),
-    'k': ('q', '.qk'),
-    'softmax': ('v', '.softmax_v'),
-    'v': ('softmax', '.softmax_v'),
-}
+# last part of a factor's path -> of its product's
+PRODUCTS = {'input': '', 'weight': '', 'q': '.qk', 'k': '.qk', 'softmax': '.softmax_v', 'v': '.softmax_v'}
 # bytes of a channel's scale and zero point
 CHANNEL_BYTES = 5
 
@@ -84,7 +77,7 @@ class Product:
 def product_path(path: str) -> str:
     """Path of the product that a quantizer's tensor is a factor of."""
     parent, _, name = path.rpartition('.')
-    return parent + PARTNERS[name][1]
+    return parent + PRODUCTS[name]
 
 
 def count_products(model: Any, choices: Sequence[Choice], boxes: int) -> list[Product]:

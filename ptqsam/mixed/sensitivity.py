@@ -33,6 +33,22 @@ class Sensitivity:
         """Bit widths that every quantizer was measured at, ascending."""
         return sorted(set.intersection(*(set(losses) for losses in self.losses.values())))
 
+    def common_bits(self, path: Path) -> list[int]:
+        """The same, of which there has to be one.
+
+        Args:
+            path: of the table, for messages.
+
+        Raises:
+            AssetError: there is none.
+        """
+        if not self.bits:
+            raise AssetError(
+                f'{path}: no bit width was measured for all quantizers; name those to choose from with --candidates, '
+                'or measure more (tools/analyze.py --bits)'
+            )
+        return self.bits
+
 
 def read_sensitivity(path: Path, loss: str = 'noise') -> Sensitivity:
     """Read a sensitivity table.

@@ -15,8 +15,9 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 
-from ptqsam.cli import cache_folder, check_writable, exit_code_of, expand_folders, load_model_config
+from ptqsam.cli import cache_folder, check_writable, exit_code_of, expand_folders, load_model_config, parse_words
 from ptqsam.config import QuantConfig, load_quant_config
+from ptqsam.errors import ConfigError
 from ptqsam.estimate import packed_bytes
 from ptqsam.fileio import write_json, write_text
 from ptqsam.hardware_report import building
@@ -30,6 +31,7 @@ from ptqsam.mixed.sensitivity import check_sensitivity, read_sensitivity
 from ptqsam.solver.datasets import build_calib_loader, build_dataset, image_names
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
+from ptqsam.yaml_files import yaml_chain
 
 # Mix-QSAM's at a target of 4 bits
 CANDIDATES = [2, 3, 4, 5, 6]
@@ -64,7 +66,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--loss',
         choices=['noise', 'iou'],
-        default='noise',
         help="of a quantizer: power of the mask logits' error over that of the logits (default), or 1 - IoU of masks",
     )
     parser.add_argument('--size-mb', type=amount, metavar='MB|wN', help='of packed weights, or as with N bits')
@@ -74,12 +75,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--boxes', type=int, help="prompt boxes of the image that budgets are for, default the recipe's max_boxes"
     )
-    parser.add_argument('--images', type=int, default=4, help='mix_qsam: calibration images to measure on; default 4')
+    parser.add_argument('--images', type=int, help='mix_qsam: calibration images to measure on; default 4')
     parser.add_argument('--importance', type=Path, metavar='JSON', help='mix_qsam: importances of an earlier call')
     parser.add_argument('--work-dir', type=Path, help='picture and importances go here, default work_dirs/mixed/NAME')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='override the pipeline, k=v')
     parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
-    args = parser.parse_args(argv)
+    args = parse_words(parser, argv)
     if args.size_mb is None and args.bitops is None and args.average_bits is None:
         parser.error('give a budget: --size-mb, --bitops or --average-bits')
     if args.output.suffix not in ('.yaml', '.yml'):
@@ -88,6 +89,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f'--candidates: {wrong[0]} is not a bit width from 2 to 8')
     if args.method and args.average_bits is not None:
         parser.error('--average-bits is for --sensitivity; mix_qsam has budgets of --size-mb and --bitops')
+    if args.method and args.loss:
+        parser.error('--loss is for --sensitivity')
+    if not args.method and (args.images is not None or args.importance):
+        parser.error('--images and --importance are for --method mix_qsam')
+    args.images, args.loss = 4 if args.images is None else args.images, args.loss or 'noise'
     if args.images < 1 or (args.boxes is not None and args.boxes < 1):
         parser.error('--images and --boxes must be at least 1')
     return args
@@ -123,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
     expand_folders()
     args.candidates = sorted(set(args.candidates or (CANDIDATES if args.method else ())))
     recipe = load_quant_config(args.quant_config, {'calibration.num_images': args.images} if args.method else {})
+    if args.output.resolve() in yaml_chain(Path(args.quant_config).resolve()):
+        raise ConfigError(f'--output {args.output}: {args.quant_config} is made of this file; choose another name')
     config = load_model_config(args.model_config, args.cfg_options)
     work_dir = args.work_dir or Path('work_dirs') / 'mixed' / args.output.stem
     for folder, option in ((work_dir, '--work-dir'), (args.output.parent, '--output')):
@@ -169,7 +177,7 @@ def build_model(args: argparse.Namespace, config: Config, recipe: QuantConfig, d
 def plan_by_sensitivity(args: argparse.Namespace, products: list[Product]) -> Plan:
     """Least sum of the losses that quantizers cause alone."""
     table = read_sensitivity(args.sensitivity, args.loss)
-    args.candidates = args.candidates or table.bits
+    args.candidates = args.candidates or table.common_bits(args.sensitivity)
     budgets = make_budgets(products, args.size_mb, args.bitops, args.average_bits)
     options = list_options(products, args.candidates, bounded_kinds(budgets))
     needed = {path: bits for option in options for path, bits in option.needed.items()}

@@ -103,8 +103,8 @@ class _Place:
     bits: str
 
     @classmethod
-    def of(cls, record: Record, told: Iterable[str]) -> '_Place':
-        options = [option_text(key, record.options[key]) for key in sorted(told) if key in record.options]
+    def of(cls, record: Record) -> '_Place':
+        options = [option_text(key, value) for key, value in sorted(record.options.items())]
         return cls(*pipeline_parts(record.model), ', '.join((record.recipe, *options)), bits_label(record.bits))
 
 
@@ -116,8 +116,12 @@ class _Runs:
     stamps: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
+    def placed(self) -> list[tuple[_Place, Record]]:
+        return [(place, record) for place, records in self.at.items() for record in records]
+
+    @property
     def records(self) -> list[Record]:
-        return [record for records in self.at.values() for record in records]
+        return [record for _, record in self.placed]
 
 
 def build_grid(records: Sequence[Record], published: Sequence[Source] = ()) -> Grid:
@@ -130,10 +134,9 @@ def build_grid(records: Sequence[Record], published: Sequence[Source] = ()) -> G
     Returns:
         The table.
     """
-    told = differing_options(records)
     runs = _Runs()
     for record in records:
-        runs.at.setdefault(_Place.of(record, told), []).append(record)
+        runs.at.setdefault(_Place.of(record), []).append(record)
     runs.stamps = list(dict.fromkeys(stamp for record in records if (stamp := compat(record))))
     names = sorted({place.sam for place in runs.at}, key=lambda sam: _rank(SAMS, sam))
     columns = {
@@ -151,7 +154,7 @@ def build_grid(records: Sequence[Record], published: Sequence[Source] = ()) -> G
     return Grid(
         sams=tuple((_label(sam), (FP, *columns[sam])) for sam in names),
         rows=tuple(rows),
-        notes=tuple(_notes(runs, told, sources)),
+        notes=tuple(_notes(runs, sources)),
     )
 
 
@@ -183,14 +186,6 @@ def bits_label(bits: dict[str, Any]) -> str:
     return whole + (f' ({", ".join(words)})' if words else '')
 
 
-def differing_options(records: Iterable[Record]) -> set[str]:
-    """Options that not all runs have, or not with the same value."""
-    records = list(records)
-    keys = {key for record in records for key in record.options}
-    texts = {key: {json.dumps(r.options.get(key, ...), default=str) for r in records} for key in keys}
-    return {key for key in keys if len(texts[key]) > 1}
-
-
 def option_text(key: str, value: Any) -> str:
     """An option as it is given on a command line."""
     return f'{key}={value if isinstance(value, str) else json.dumps(value, default=str)}'
@@ -200,51 +195,44 @@ def _own_row(detector: str, label: str, runs: _Runs, columns: dict[str, list[str
     cells: list[Cell] = []
     for sam, widths in columns.items():
         cells.append(Cell(_whole(runs, detector, sam, label)))
-        cells += [_own_cell(runs.at.get(_Place(detector, sam, label, bits), []), runs) for bits in widths]
+        cells += [_own_cell(runs.at.get(_Place(detector, sam, label, bits), []), runs.stamps) for bits in widths]
     return Row(detector, label, tuple(cells))
 
 
 def _whole(runs: _Runs, detector: str, sam: str, label: str) -> float | None:
-    """mAP of the float model: that of a run in the same row if there is one, else of the same pipeline."""
-    at = {place: records for place, records in runs.at.items() if (place.detector, place.sam) == (detector, sam)}
-    for own_row in (True, False):
-        for place, records in at.items():
-            known = [value for record in records if (value := metric(record, 'fp')) is not None]
-            if known and (place.label == label or not own_row):
-                return known[0]
-    return None
+    """mAP of the float model: of a run in the same row if there is one, else with equal pipeline options."""
+    row = [record for place, record in runs.placed if (place.detector, place.label) == (detector, label)]
+    variants = [_pipeline_options(record) for record in row]
+    column = [record for place, record in runs.placed if (place.detector, place.sam) == (detector, sam)]
+    first = [record for record in column if record in row]
+    alike = [record for record in column if _pipeline_options(record) in variants]
+    return next((value for record in (*first, *alike) if (value := metric(record, 'fp')) is not None), None)
 
 
-def _own_cell(records: Sequence[Record], runs: _Runs) -> Cell:
+def _pipeline_options(record: Record) -> dict[str, Any]:
+    return {key: value for key, value in record.options.items() if key.startswith('cfg:')}
+
+
+def _own_cell(records: Sequence[Record], stamps_seen: list[tuple[str, ...]]) -> Cell:
     done = [record for record in records if metric(record, 'quant') is not None]
     if not done:
         # a failure weighs more than what has not been tried
         states = [state for state in ('failed', 'interrupted', 'running', 'pending') if state in map(_state, records)]
         return Cell(missing=states[0] if states else '-')
     values = [value for record in done if (value := metric(record, 'quant')) is not None]
-    drops = [q - fp for record, q in zip(done, values, strict=True) if (fp := _float_of(record, runs)) is not None]
+    drops = [q - fp for record, q in zip(done, values, strict=True) if (fp := metric(record, 'fp')) is not None]
     stamps = {compat(record) for record in done} - {()}
     return Cell(
         value=fmean(values),
         spread=stdev(values) if len(values) > 1 else None,
         drop=fmean(drops) if len(drops) == len(values) else None,
         seeds=len(values),
-        stamp=runs.stamps.index(min(stamps)) + 1 if stamps else 0,
+        stamp=stamps_seen.index(min(stamps)) + 1 if stamps else 0,
     )
 
 
 def _state(record: Record) -> str:
     return 'failed' if record.status == 'done' else record.status
-
-
-def _float_of(record: Record, runs: _Runs) -> float | None:
-    """mAP of the float model on the images of a run: its own, or that of another run of the pipeline."""
-    if (own := metric(record, 'fp')) is not None:
-        return own
-    for other in runs.records:
-        if other.model == record.model and _images(other) == _images(record) and metric(other, 'fp') is not None:
-            return metric(other, 'fp')
-    return None
 
 
 def _images(record: Record) -> int | None:
@@ -287,7 +275,7 @@ def _published_rows(row: Row, runs: _Runs, columns: dict[str, list[str]], source
     return rows
 
 
-def _notes(runs: _Runs, told: set[str], sources: dict[str, Source]) -> list[str]:
+def _notes(runs: _Runs, sources: dict[str, Source]) -> list[str]:
     """Lines below the table."""
     records = runs.records
     images = sorted({n for record in records if (n := _images(record)) is not None})
@@ -302,9 +290,6 @@ def _notes(runs: _Runs, told: set[str], sources: dict[str, Source]) -> list[str]
     notes += [f'[{letter}] as published, {source.name}: {source.note}.' for letter, source in sources.items()]
     if sources:
         notes.append("Published numbers are on all 5000 images of COCO val2017, with the papers' protocols.")
-    common = {key: value for record in records[:1] for key, value in record.options.items() if key not in told}
-    if common:
-        notes.append(f'All runs have {" ".join(option_text(key, value) for key, value in common.items())}')
     notes += [f'{name}: {count} seeds of {total}' for name, count, total in _incomplete(runs)]
     for record in records:
         if record.result is None and record.error:

@@ -12,6 +12,7 @@ from torch.utils.data import SequentialSampler
 
 from ptqsam.config import QuantConfig
 from ptqsam.fileio import fingerprint, sha256_file
+from ptqsam.places import without_places
 from ptqsam.solver.calibrate import draw_images
 
 
@@ -31,7 +32,7 @@ def data_identity(dataset: Any, config: Any) -> str:
     """Name of the images that a dataset holds, their annotations, and how they are prepared."""
     files = [Path(dataset.get_data_info(index)['img_path']) for index in range(len(dataset))]
     sizes = [[file.name, file.stat().st_size if file.is_file() else None] for file in files]
-    return fingerprint([sizes, sha256_file(dataset.ann_file), config])
+    return fingerprint([sizes, sha256_file(dataset.ann_file), without_places(config)])
 
 
 def build_calib_loader(

@@ -53,10 +53,13 @@ def own_metrics(path: Path, conditions: dict[str, Any], evaluate: Callable[[], M
     """
 
     def read() -> Metrics | None:
-        if not known or not path.is_file():
+        if not known:
             return None
-        earlier = json.loads(path.read_text(encoding='utf-8'))
-        return earlier['metrics'] if earlier['conditions'] == conditions else None
+        try:
+            earlier = json.loads(path.read_text(encoding='utf-8'))
+            return earlier['metrics'] if earlier['conditions'] == conditions else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # there is none, or it is of no use
 
     if (metrics := decided_by_main(read)) is not None:
         return metrics

@@ -1,7 +1,6 @@
 """The loop: prepare -> calibrate -> freeze -> evaluate -> report. A test loop of mmengine's Runner."""
 
 import itertools
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +14,17 @@ from mmengine.registry import LOOPS
 from mmengine.runner import Runner, TestLoop
 
 from ptqsam import __version__
-from ptqsam.checkpoint import (
-    MANIFEST,
-    float_bytes,
-    load_packed,
-    packed_size,
-    save_packed,
-    structure,
-)
+from ptqsam.checkpoint import float_bytes, load_packed, packed_size, save_packed, structure
 from ptqsam.config import parse_quant_config
 from ptqsam.distributed import decided_by_main, demand_same
 from ptqsam.evaluation import QuantizationError, measure_quantization_error
-from ptqsam.fileio import fingerprint, write_json
+from ptqsam.fileio import fingerprint
 from ptqsam.modules.walk import quantizers
+from ptqsam.places import without_places
 from ptqsam.progress import progress
 from ptqsam.reconstruction.optimise import Outcome
 from ptqsam.registry import SOLVER_HOOKS, build_part
-from ptqsam.report import Gallery, plot_outcomes, plot_quantization_errors, write_outcomes, write_summary
+from ptqsam.report import Gallery, plot_outcomes, write_outcomes
 from ptqsam.shared_work import SharedWork
 from ptqsam.solver.calibrate import calibrate_activations, calibrate_weights, check_calibration
 from ptqsam.solver.compat import apply_compat, report_gate
@@ -39,6 +32,7 @@ from ptqsam.solver.datasets import build_calib_loader, build_dataset, data_ident
 from ptqsam.solver.float_metrics import own_metrics, shared_metrics
 from ptqsam.solver.freeze import check_gate, freeze
 from ptqsam.solver.options import RunOptions
+from ptqsam.solver.outputs import megabytes, peak_memory_mb, remove_stale, write_result
 from ptqsam.solver.prepare import check_hooks, quantize_model
 from ptqsam.solver.reconstruct import ReconstructionStage, check_reconstruction
 from ptqsam.solver.resume import check_same, find_packed
@@ -48,18 +42,6 @@ from ptqsam.solver.shared_calibration import SharedCalibration
 
 # images on which the error of the activation quantizers is measured
 ERROR_IMAGES = 2
-RESULT_FILES = ('result.json', 'summary.csv', 'sqnr.png')
-# written before the packed checkpoint, and not again when a run goes on from it
-PREPARATION_FILES = (
-    'reconstruction.csv',
-    'reconstruction.png',
-    'big.json',
-    'big.png',
-    'condition_number.csv',
-    'condition_number.png',
-    'clipping.csv',
-    'clipping.png',
-)
 
 
 @LOOPS.register_module()
@@ -219,11 +201,7 @@ class PTQLoop(TestLoop):
             if ready is not None:
                 self.runner.logger.info(f'resume: calibrated model from {ready}')
         if is_main_process():
-            # what an earlier run left must not look like the result of this one
-            made_here = ready is not None and ready.resolve() == (self.work_dir / 'packed').resolve()
-            stale = RESULT_FILES if made_here else (*RESULT_FILES, *PREPARATION_FILES)
-            for name in stale if ready else (*stale, f'packed/{MANIFEST}'):
-                (self.work_dir / name).unlink(missing_ok=True)
+            remove_stale(self.work_dir, ready)
         if options.eval_fp or ready is None:
             self.model.init_weights()
         if ready is None:
@@ -252,7 +230,7 @@ class PTQLoop(TestLoop):
         return dict(
             ptqsam=__version__,
             recipe=fingerprint(self.recipe.plain()),
-            model_config=fingerprint(self.runner.cfg.model.to_dict()),
+            model_config=fingerprint(without_places(self.runner.cfg.model.to_dict())),
             calibration_data=data_identity(self.calib_loader.dataset, self.calib_dataset),
             **self.model.origin(),
         )
@@ -268,12 +246,10 @@ class PTQLoop(TestLoop):
         reconstructed = self.recipe.reconstruction is not None
         resumed = reconstructed and self.options.resume and decided_by_main(lambda: stage.load_calibrated(self.target))
         if not resumed:
-            images, shared = (
-                (self.calib_loader, calibration.max_boxes, calibration.seed),
-                self.shared_calibration(origin),
-            )
+            shared = self.shared_calibration(origin)
+            settings = (calibration.max_boxes, calibration.seed)
             with self.embeddings_of_others():
-                calibrate_activations(self.model, self.target, *images, shared)
+                calibrate_activations(self.model, self.target, self.calib_loader, *settings, shared)
             calibrate_weights(self.target, shared)
             if reconstructed and is_main_process():
                 stage.clear()
@@ -337,8 +313,8 @@ class PTQLoop(TestLoop):
         config = self.runner.cfg
         conditions = self.model.origin() | dict(
             ptqsam=__version__,
-            model_config=fingerprint(config.model.to_dict()),
-            evaluator=fingerprint(config.test_evaluator),
+            model_config=fingerprint(without_places(config.model.to_dict())),
+            evaluator=fingerprint(without_places(config.test_evaluator)),
             data=data_identity(self.dataloader.dataset, config.test_dataloader.dataset),
             batch_size=self.dataloader.batch_size,
         )
@@ -409,19 +385,4 @@ class PTQLoop(TestLoop):
             shared=[] if self.shared is None else self.shared.taken,
         )
         if is_main_process():
-            write_summary(self.work_dir / 'summary.csv', self.rules.enabled, self.errors)
-            plot_quantization_errors(self.work_dir / 'sqnr.png', self.rules.enabled, self.errors)
-            # last: where it lies, the run is complete
-            write_json(self.work_dir / 'result.json', self.result)
-
-
-def megabytes(size: int) -> float:
-    """Bytes as MB (10^6), three decimals."""
-    return round(size / 1e6, 3)
-
-
-def peak_memory_mb() -> float:
-    """Largest memory use so far: of the GPU if there is one, else of the process; MB."""
-    if torch.cuda.is_available():
-        return megabytes(torch.cuda.max_memory_allocated())
-    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            write_result(self.work_dir, self.result, self.rules.enabled, self.errors)

@@ -20,6 +20,7 @@ from ptqsam.cli import check_key, load_model_config, parse_args
 from ptqsam.config import QuantConfig, load_quant_config
 from ptqsam.errors import ConfigError
 from ptqsam.fileio import fingerprint, sha256_file
+from ptqsam.places import without_places
 from ptqsam.sweep.spec import Grid, SweepSpec, Value
 
 AXES = ('model', 'recipe', 'bits', 'weight_bits', 'act_bits', 'seed')
@@ -75,12 +76,14 @@ class Cell:
         return [self.model, self.recipe, '--work-dir', str(folder), *shown, *self.arguments]
 
 
-def expand(spec: SweepSpec, where: str) -> list[Cell]:
+def expand(spec: SweepSpec, where: str, narrowed: bool = False) -> list[Cell]:
     """The cells of a sweep, checked as `tools/test_quant.py` would check them.
 
     Args:
         spec: the sweep.
         where: its file, named in error messages.
+        narrowed: axes of the file were replaced on the command line, so what it excludes or includes may be no cell, or
+            one that is there anyway.
 
     Returns:
         The cells, in the order of the axes; the first axis turns slowest.
@@ -88,7 +91,7 @@ def expand(spec: SweepSpec, where: str) -> list[Cell]:
     Raises:
         ConfigError: unknown axis, config, recipe or option; no cell; two cells that compute the same.
     """
-    points = list(_points(spec, where))
+    points = list(_points(spec, where, narrowed))
     if not points:
         raise ConfigError(f"{where}: no cell is left; 'exclude' takes out all of them, or an axis is empty")
     files = [_files(point, where) for point in points]
@@ -104,7 +107,7 @@ def recipe_label(recipe: Path) -> str:
     return folder if BITS.fullmatch(recipe.stem) else f'{folder}_{recipe.stem}'
 
 
-def _points(spec: SweepSpec, where: str) -> Iterator[Point]:
+def _points(spec: SweepSpec, where: str, narrowed: bool) -> Iterator[Point]:
     """Combinations of the values of the axes, as `axes`, `exclude` and `include` ask for."""
     for entry in (spec.axes, *spec.exclude, *spec.include):
         for axis in entry:
@@ -114,11 +117,11 @@ def _points(spec: SweepSpec, where: str) -> Iterator[Point]:
             raise ConfigError(f"{where}: exclude {number} names '{min(unknown)}', which is no axis of this sweep")
     kept = [point for point in _product(spec.axes) if not any(_excluded(point, entry) for entry in spec.exclude)]
     for number, entry in enumerate(spec.exclude, 1):
-        if not any(_excluded(point, entry) for point in _product(spec.axes)):
+        if not narrowed and not any(_excluded(point, entry) for point in _product(spec.axes)):
             raise ConfigError(f'{where}: exclude {number} ({entry}) matches no cell')
     yield from kept
     for entry in spec.include:
-        yield from _product(spec.axes | entry)
+        yield from (point for point in _product(spec.axes | entry) if not (narrowed and point in kept))
 
 
 def _product(grid: Grid) -> Iterator[Point]:
@@ -215,8 +218,8 @@ def _cell(point: Point, files: tuple[str, str], varied: Sequence[str], spec: Swe
     content = dict(
         version=__version__,
         recipe=checked.plain(),
-        pipeline=_movable(config.to_dict()),
-        files=[_hash(path) for path in _named_files(config)],
+        pipeline=without_places(config.to_dict()),
+        files=[file_hash(path) for path in named_files(config)],
         limit=spec.run.limit,
         fp=spec.run.eval_fp,
         pictures=spec.run.pictures,
@@ -288,7 +291,7 @@ def _read_model_config(path: str) -> Config:
     return load_model_config(path, {})
 
 
-def _named_files(config: Any) -> list[Path]:
+def named_files(config: Any) -> list[Path]:
     """Files whose content decides what a pipeline computes: weights and annotations."""
     model, datasets = config.model, (config.calib_dataset, config.test_dataloader.dataset)
     names = [model.get('sam', {}).get('checkpoint'), model.get('detector_checkpoint')]
@@ -296,7 +299,7 @@ def _named_files(config: Any) -> list[Path]:
     return [Path(name) for name in names if name]
 
 
-def _hash(path: Path) -> str | None:
+def file_hash(path: Path) -> str | None:
     """SHA-256 of a file, None if there is none (the run itself will say so)."""
     if not path.is_file():
         return None
@@ -307,15 +310,6 @@ def _hash(path: Path) -> str | None:
 @functools.cache
 def _hash_of(path: Path, size: int, changed: int) -> str:
     return sha256_file(path)
-
-
-def _movable(value: Any) -> Any:
-    """A pipeline without the places of data and checkpoints, which may lie elsewhere on another machine."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    for name, usual in (('PTQSAM_DATA', 'data'), ('PTQSAM_CKPT', 'ckpt')):
-        place = json.dumps(os.path.expanduser(os.environ.get(name) or usual))[1:-1]
-        text = text.replace(f'"{place}/', f'"${name}/')
-    return text
 
 
 def written(value: Value) -> str:

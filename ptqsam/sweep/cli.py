@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from mmengine.config import DictAction
 
-from ptqsam.cli import check_writable, exit_code_of, expand_folders
+from ptqsam.cli import check_writable, exit_code_of, expand_folders, parse_words
 from ptqsam.errors import ConfigError
 from ptqsam.fileio import write_text
 from ptqsam.report.grid import build_grid
@@ -20,6 +20,7 @@ from ptqsam.report.wandb_report import import_wandb
 from ptqsam.report.wandb_sweep import run_options, sweep_definition, sync_command
 from ptqsam.sweep.cells import Cell, expand, written
 from ptqsam.sweep.driver import Engine, Summary, make_job, plan, run_sweep
+from ptqsam.sweep.ledger import noted
 from ptqsam.sweep.listing import list_cells
 from ptqsam.sweep.local_engine import run_local, visible_gpus
 from ptqsam.sweep.ray_engine import run_ray
@@ -72,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--dry-run', action='store_true', help='list the cells with rough time and memory, and stop')
     parser.add_argument('--cell', metavar='NAME', help='run this one here, as an agent of --engine wandb does')
     parser.add_argument('--verbose', action='store_true', help='show the traceback of an error')
-    args = parser.parse_args(argv)
+    args = parse_words(parser, argv)
     for name in ('jobs', 'limit'):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f'--{name} must be at least 1')
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     """
     expand_folders()
     spec = load_sweep(args.sweep, overrides(args))
-    cells = expand(spec, args.sweep)
+    cells = expand(spec, args.sweep, narrowed=bool(args.axes))
     chosen = choose(cells, [args.cell] if args.cell else args.only)
     folder = args.work_dir or Path('work_dirs/sweeps') / Path(args.sweep).stem
     jobs = args.jobs or default_jobs(spec.resources)
@@ -119,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
         return {'done': 0, 'interrupted': INTERRUPTED}.get(outcome.status, FAILED)
     engine = choose_engine(args, spec, jobs)
     summary = run_sweep(todo, [rows[job.key] for job in todo], engine, args.retry_failed)
-    print(markdown(build_grid(read_records(folder), [])))
+    if records := noted(lambda: read_records(folder)):
+        print(markdown(build_grid(records, [])))
     if command := sync_command(folder):
         print(f'wandb: to upload the runs, `{command}`')
     return tell(summary, folder)

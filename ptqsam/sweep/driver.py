@@ -5,18 +5,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from ptqsam.errors import AssetError
+from ptqsam.fileio import folder_lock
 from ptqsam.progress import progress_bar
 from ptqsam.sweep.cells import Cell
 from ptqsam.sweep.ledger import LEDGER, Ledger, Row
+from ptqsam.sweep.lock import locked
 from ptqsam.sweep.records import read_result
-from ptqsam.sweep.run_cell import Job, Outcome, locked
+from ptqsam.sweep.run_cell import Job, Outcome
 from ptqsam.sweep.spec import Resources
 
 # what a run on another machine has to know of this one's environment
@@ -49,13 +51,16 @@ class Summary:
 
 def open_ledger(folder: Path) -> Ledger:
     """The ledger of a sweep; a damaged one is put aside, and a new one begun that takes in what is finished."""
-    try:
+    with suppress(AssetError):
         return Ledger(folder)
-    except AssetError as error:
-        aside = folder / f'{LEDGER}.damaged-{time.time_ns()}'
-        (folder / LEDGER).rename(aside)
-        print(f'warning: {error}; done: it is {aside} now', file=sys.stderr, flush=True)
-        return Ledger(folder)
+    with folder_lock(folder, 'sweep'):
+        try:
+            return Ledger(folder)  # another driver may have put it aside
+        except AssetError as error:
+            aside = folder / f'{LEDGER}.damaged-{time.time_ns()}'
+            (folder / LEDGER).rename(aside)
+            print(f'warning: {error}; done: it is {aside} now', file=sys.stderr, flush=True)
+            return Ledger(folder)
 
 
 def make_job(cell: Cell, folder: Path, resources: Resources, further: Iterable[str] = ()) -> Job:
@@ -107,7 +112,7 @@ def plan(folder: Path, cells: Sequence[Cell]) -> list[Row]:
         elif row.status == 'done':  # somebody has removed the result
             ledger.settle(row.key, 'pending')
         elif row.status == 'running' and not locked(place):
-            ledger.settle(row.key, 'interrupted', 'interrupted: its process is gone')
+            ledger.settle(row.key, 'interrupted', 'interrupted: its process is gone', was='running')
     return ledger.rows([cell.key for cell in cells])
 
 

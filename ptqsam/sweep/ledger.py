@@ -175,9 +175,27 @@ class Ledger:
             )
             self._settle(database, key, status, error, metrics)
 
-    def settle(self, key: str, status: Status, error: str = '', metrics: dict[str, Any] | None = None) -> None:
-        """Note what became of a cell without an attempt: found done, or left by a process that is gone."""
+    def settle(
+        self,
+        key: str,
+        status: Status,
+        error: str = '',
+        metrics: dict[str, Any] | None = None,
+        was: Status | None = None,
+    ) -> None:
+        """Note what became of a cell without an attempt: found done, or left by a process that is gone.
+
+        Args:
+            key: of the cell.
+            status: what became of it.
+            error: one line, '' if there is none.
+            metrics: as in `result.json`, None if the cell is not done.
+            was: what it is known as; otherwise another process has settled it meanwhile, which counts. None: whatever.
+        """
         with self._transaction() as database:
+            now = database.execute('SELECT status FROM cells WHERE key = ?', (key,)).fetchone()
+            if was is not None and now != (was,):
+                return
             database.execute(
                 "UPDATE attempts SET status = ? WHERE key = ? AND status = 'running'",
                 ('done' if status == 'done' else 'interrupted', key),

@@ -4,10 +4,12 @@ import importlib
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from threading import Event
 from typing import Any
 
 from ptqsam.errors import ConfigError
+from ptqsam.sweep.lock import locked
 from ptqsam.sweep.run_cell import Job, Outcome, run_cell
 from ptqsam.sweep.spec import Resources
 
@@ -54,13 +56,15 @@ def run_ray(
         while running:
             done, _ = ray.wait(list(running), timeout=_GLANCE)
             if stop.is_set():
-                for reference in running:
-                    ray.cancel(reference)  # raises KeyboardInterrupt in a task that runs
-                for job in running.values():
-                    yield job, Outcome('interrupted', 'interrupted')
-                return
+                done, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
             for reference in done:
                 yield running.pop(reference), _outcome(ray, reference)
+            if stop.is_set():
+                for reference, job in running.items():
+                    begun = locked(Path(job.folder))
+                    ray.cancel(reference)  # raises KeyboardInterrupt in a task that runs
+                    yield job, Outcome('interrupted', 'interrupted') if begun else Outcome('waiting')
+                return
     finally:
         ray.shutdown()
 

@@ -1,12 +1,13 @@
 """What a sweep has computed so far, for reports and dashboards."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptqsam.errors import AssetError, ConfigError
 from ptqsam.sweep.ledger import LEDGER, Ledger, Status
+from ptqsam.sweep.lock import locked
 
 RESULT = 'result.json'
 
@@ -69,10 +70,18 @@ def read_records(folder: Path) -> list[Record]:
     for row in Ledger(folder).rows():
         spec = row.spec
         cell_folder = folder / 'cells' / spec['folder']
+        status, error = row.status, row.error
         try:
-            result, error = read_result(cell_folder), row.error
+            result = read_result(cell_folder)
         except AssetError as damaged:
-            result, error, row = None, f'error: {damaged}', replace(row, status='failed')
+            result, status, error = None, 'failed', f'error: {damaged}'
+        # what lies on disk decides, see `Ledger`
+        if result:
+            status, error = 'done', ''
+        elif status == 'done':
+            status = 'pending'
+        elif status == 'running' and not locked(cell_folder):
+            status = 'interrupted'
         records.append(
             Record(
                 name=row.name,
@@ -82,10 +91,9 @@ def read_records(folder: Path) -> list[Record]:
                 bits=spec['bits'],
                 seed=spec['seed'],
                 options=spec['varied'],
-                # what lies on disk decides, see `Ledger`
-                status='done' if result else row.status,
+                status=status,
                 result=result,
-                error='' if result else error,
+                error=error,
                 folder=cell_folder,
                 seconds=row.seconds,
                 host=row.host,
@@ -106,7 +114,18 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
-        _ = result['metrics']['quant'], result['metrics']['fp'], result['compat']
+        metrics = result['metrics']
+        # what reports rely on
+        wanted = (
+            (metrics['quant'], dict),
+            (metrics['fp'] or {}, dict),
+            (result['compat'], list),
+            (result['size_mb'], dict),
+        )
+        if not all(isinstance(value, kind) for value, kind in wanted):
+            raise TypeError
+    except OSError as error:
+        raise AssetError(f'{path}: cannot be read ({error.strerror})') from None
     except (ValueError, KeyError, TypeError):
         raise AssetError(f'{path}: no result of tools/test_quant.py; remove it and run again') from None
     return result

@@ -117,15 +117,18 @@ def test_scores_of_masks_by_hand():
 
 
 def test_scores_are_found_again_under_the_same_conditions(tmp_path):
-    scores = ScoreFile(tmp_path / 's.json', 'a')
+    scores = ScoreFile(tmp_path, 'a')
     score = Score(1 / 3, 0.1, 2.5, 3)
     scores.add(key('own', 'enabled', 1, 'p'), score)
     scores.save()
-    again = ScoreFile(tmp_path / 's.json', 'a')
+    again = ScoreFile(tmp_path, 'a')
     assert again.scores == scores.scores and again[key('own', 'enabled', 1, 'p')] == score
-    assert not ScoreFile(tmp_path / 's.json', 'b').scores
+    other = ScoreFile(tmp_path, 'b')
+    assert not other.scores
+    other.save()
+    assert ScoreFile(tmp_path, 'a').scores == scores.scores, 'other conditions take nothing away'
     assert total(again, 'own', 'enabled', 2, 'p') == score and total(again, 'own', 'enabled', 1, 'p') is None
     left = missing(again, 'own', ['enabled'], 2, ['p', 'q'])
     assert left == [('enabled', 0, [NOBODY, 'p', 'q']), ('enabled', 1, [NOBODY, 'q'])]
-    (tmp_path / 's.json').write_text('{"conditions": "a", "sco')
-    assert not ScoreFile(tmp_path / 's.json', 'a').scores
+    again.path.write_text('{"conditions": "a", "sco')
+    assert not ScoreFile(tmp_path, 'a').scores

@@ -11,9 +11,11 @@ from ptqsam.analysis.channels import channel_arrangement
 from ptqsam.analysis.histograms import BINS, Histogram
 from ptqsam.analysis.moments import PIECE, Moments
 from ptqsam.analysis.statistics import (
+    PEAK_VALUES,
     Collector,
     magnitude_counts,
     outlier_ratio,
+    peak_stride,
     quantile_of,
     spread_of,
     weight_statistics,
@@ -95,6 +97,14 @@ def test_an_activation_over_two_images():
         10 * math.log10(float(both.double().square().sum() / error.square().sum())), abs=1e-3
     )
     assert row.share_above is None and row.condition_number is None and row.outlier_ratio == pytest.approx(1, abs=0.5)
+
+
+@pytest.mark.parametrize('shape', [(16384, 128), (1, 64, 64, 3072), (1, 4096, 1280), (1, 64, 1024, 1023), (5, 7)])
+def test_peaks_are_looked_for_in_all_channels(shape):
+    x = torch.empty(shape, device='meta')
+    stride = peak_stride(x)
+    assert len({place % shape[-1] for place in range(0, x.numel(), stride)}) == shape[-1]
+    assert x.numel() // stride <= PEAK_VALUES and (stride == 1 or x.numel() // stride > PEAK_VALUES // 2)
 
 
 def test_attention_scores_and_modes():

@@ -21,7 +21,7 @@ from ptqsam.modules.walk import act_quantizers, quantizers
 from ptqsam.quantizers import LSQ
 from ptqsam.registry import SOLVER_HOOKS, build_part
 from ptqsam.solver.calibrate import calibrate_activations
-from ptqsam.solver.loop import PREPARATION_FILES
+from ptqsam.solver.outputs import PREPARATION_FILES
 from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.test_hooks.test_condition_number import Loader

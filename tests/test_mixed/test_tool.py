@@ -202,6 +202,37 @@ def test_missing_table_and_missing_column(allocate, table, tmp_path, capsys):
     assert "lacks column 'enabled_sqnr_db'" in capsys.readouterr().err
 
 
+def test_table_without_common_bits_is_one_line(tiny, table, tmp_path, capsys):
+    """As that of a recipe with other bits for weights than for activations."""
+    wanted = {True: '8', False: '4'}
+    path = changed(
+        table, tmp_path, lambda rows: [row for row in rows if row['bits'] == wanted[row['path'].endswith('.weight')]]
+    )
+    words = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--output', tmp_path / 'x.yaml', '--sensitivity', path]
+    assert main([*map(str, words), '--size-mb', 'w4']) == 3
+    assert 'no bit width was measured for all quantizers' in capsys.readouterr().err
+
+
+def test_output_that_the_recipe_is_made_of_is_left_alone(tiny, table, tmp_path, capsys):
+    base, recipe = tmp_path / 'base.yaml', tmp_path / 'recipe.yaml'
+    base.write_text((tiny / 'recipe.yaml').read_text())
+    recipe.write_text('_base_: base.yaml\n')
+    for output in (base, recipe):
+        before = output.read_text()
+        words = [tiny / 'tiny.py', recipe, '--output', output, '--sensitivity', table, '--size-mb', 'w4']
+        assert main(list(map(str, words))) == 2
+        assert 'choose another name' in capsys.readouterr().err and output.read_text() == before
+
+
+def test_boxes_decide_what_bits_of_the_decoder_cost(tiny, allocate, tmp_path):
+    taken = {}
+    for boxes in (1, 50):
+        assert allocate('--bitops', 'w4a4', '--boxes', boxes) == 0
+        products = products_of(tiny, boxes)
+        taken = totals(products, written_bits(tiny, tmp_path))
+        assert taken['bitops'] <= uniform_costs(products, dict(weight=4, act=4))['bitops']
+
+
 def test_infeasible_budget_names_the_smallest(allocate, capsys):
     assert allocate('--average-bits', 1.5) == 2
     assert 'the lowest candidates take 2 bits per weight, which is the smallest feasible one' in capsys.readouterr().err
@@ -219,6 +250,9 @@ def test_infeasible_budget_names_the_smallest(allocate, capsys):
         (['--bitops', '0'], '--bitops: invalid'),
         (['--average-bits', 'nan'], '--average-bits: invalid'),
         ([], 'give a budget'),
+        (['--size-mb', 'w4', '--images', 2], '--images and --importance are for --method'),
+        (['--size-mb', 'w4', '--boxes', 0], 'must be at least 1'),
+        (['--size-mb', 'w4', '--cfg-options', 'a=[dict(b=[1])]'], ''),
     ],
 )
 def test_bad_usage(tiny, table, tmp_path, capsys, options, words):

@@ -117,17 +117,25 @@ def test_load_gives_the_same_metrics_without_calibration_or_checkpoint(finished,
     assert mine == theirs
 
 
-def test_resume_after_kill(finished, tiny, tmp_path):
-    """Killed as soon as the packed checkpoint is there; the resumed run does not calibrate again."""
+def test_resume_after_kill(finished, tiny, tmp_path, monkeypatch):
+    """Killed as soon as the packed checkpoint is there; the resumed run does not calibrate again.
+
+    Nor does one that finds the same weights in another folder of checkpoints.
+    """
+    monkeypatch.setenv('PTQSAM_CKPT', str(tiny))
     args = [tiny / 'tiny.py', tiny / 'recipe.yaml', '--eval-fp', '--work-dir', tmp_path / 'w']
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with subprocess.Popen(**tool_command(*args), cwd=tmp_path, **quiet) as process:
         while not (tmp_path / 'w/packed/manifest.json').exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
-    resumed = result_of(run_tool(*args, '--resume', cwd=tmp_path))
-    assert resumed['metrics'] == result_of(finished[0])['metrics']
-    assert 'calibrate' not in resumed['seconds']
+    (tmp_path / 'moved').mkdir()
+    moved = shutil.copy(tiny / 'tiny.pth', tmp_path / 'moved')
+    for more in ((), ('--cfg-options', f'model.sam.checkpoint={moved}')):
+        resumed = result_of(run_tool(*args, '--resume', *more, cwd=tmp_path))
+        assert resumed['metrics'] == result_of(finished[0])['metrics']
+        assert 'calibrate' not in resumed['seconds']
+        monkeypatch.setenv('PTQSAM_CKPT', str(tmp_path / 'moved'))
 
 
 def test_resume_refuses_another_recipe(finished, tiny, tmp_path):

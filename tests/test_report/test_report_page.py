@@ -170,8 +170,11 @@ def test_commands_are_those_of_the_run():
 
 def test_what_is_missing_is_left_out_or_says_how_it_is_made(one):
     folder = one()
+    (folder / 'packed').mkdir()
     page = page_of(folder)
     assert 'This run has no masks/index.json yet. It is made by' in page and f'--show-dir {folder}/masks' in page
+    # the command leaves the result alone that it stands below
+    assert f'--load {folder}/packed' in page and f'--work-dir {folder}/again' in page
     assert 'tools/analyze.py' in page
     for title in ('Reconstruction', 'Channel groups', 'Condition numbers'):
         assert f'<h2>{title}' not in page

@@ -1,6 +1,7 @@
 """From the YAML of a sweep to its cells: axes, exclude, include, names, keys, and what is refused."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ SWEEPS = sorted((ROOT / 'exp' / 'sweeps').glob('*.yaml'))
 def sweep(tmp_path, tiny):
     """Cells of the tiny sweep with changes; see `write_sweep`."""
 
-    def cells(axes: dict | None = None, **settings) -> list[Cell]:
+    def cells(axes: dict | None = None, narrowed: bool = False, **settings) -> list[Cell]:
         path = write_sweep(tmp_path, tiny, axes, **settings)
-        return expand(load_sweep(path), str(path))
+        return expand(load_sweep(path), str(path), narrowed)
 
     return cells
 
@@ -87,6 +88,27 @@ def test_options_of_the_sweep_reach_all_cells_and_axes_win(sweep):
     )
     assert all('calibration.num_images=1' in cell.arguments and '--eval-fp' not in cell.arguments for cell in cells)
     assert 'model.test_cfg.max_boxes=3' in cells[0].arguments and 'max_boxes=3' in cells[0].name
+
+
+def test_key_does_not_depend_on_where_things_lie(sweep, tmp_path, tiny, scenes, monkeypatch):
+    keys = []
+    for place in ('here', 'there'):
+        (tmp_path / place).mkdir()
+        shutil.copy(tiny / 'tiny.pth', tmp_path / place)
+        monkeypatch.setenv('PTQSAM_CKPT', str(tmp_path / place))
+        config = write_pipeline(tmp_path / place, scenes, tmp_path / place / 'tiny.pth')
+        keys.append([cell.key for cell in sweep({'model': str(config)})])
+    assert keys[0] == keys[1]
+
+
+def test_axes_of_the_command_line_may_leave_nothing_to_exclude_or_include(sweep):
+    settings = dict(exclude=[{'bits': 'w6a6'}], include=[{'bits': 'w4a4', 'seed': 1}])
+    with pytest.raises(ConfigError, match='compute the same'):
+        sweep({'seed': [0, 1]}, **settings)
+    with pytest.raises(ConfigError, match='matches no cell'):
+        sweep({'bits': ['w4a4']}, **settings)
+    assert [cell.seed for cell in sweep({'bits': ['w4a4']}, narrowed=True, **settings)] == [0, 1]
+    assert [cell.seed for cell in sweep({'seed': [1]}, narrowed=True, **settings)] == [1]
 
 
 def test_folder_of_the_recipe_and_bits_name_the_file(sweep):

@@ -60,6 +60,16 @@ def test_plan_keeps_what_is_known_and_hides_what_is_left_out(ledger):
     assert states(ledger) == {'a1': 'done', 'b2': 'pending'}, 'a cell that comes back is still done'
 
 
+def test_what_another_process_has_noted_meanwhile_counts(ledger):
+    attempt = ledger.start('a1', 'host', 1)
+    ledger.finish('a1', attempt, 'failed', 'error: no weights', None)
+    ledger.settle('a1', 'interrupted', 'its process is gone', was='running')
+    assert (ledger.rows()[0].status, ledger.rows()[0].error) == ('failed', 'error: no weights')
+    ledger.start('a1', 'host', 2)
+    ledger.settle('a1', 'interrupted', 'its process is gone', was='running')
+    assert ledger.rows()[0].status == 'interrupted'
+
+
 def test_attempt_of_a_process_that_is_gone_is_closed(ledger):
     ledger.start('a1', 'host', 1)
     ledger.settle('a1', 'interrupted', 'its process is gone')

@@ -14,10 +14,12 @@ from ptqsam.sweep import run_cell as module
 from ptqsam.sweep.cells import Cell
 from ptqsam.sweep.driver import open_ledger, plan
 from ptqsam.sweep.ledger import LEDGER, Ledger
+from ptqsam.sweep.lock import CONSOLE, locked
 from ptqsam.sweep.records import read_records
-from ptqsam.sweep.run_cell import CONSOLE, Job, command, locked, reason, run_cell
+from ptqsam.sweep.run_cell import Job, command, run_cell
+from ptqsam.tool_process import reason
 
-RESULT = {'metrics': {'fp': None, 'quant': {'segm_mAP': 0.5}}, 'compat': []}
+RESULT = {'metrics': {'fp': None, 'quant': {'segm_mAP': 0.5}}, 'compat': [], 'size_mb': {}}
 # in the place of the tool; its arguments are what it does
 FAKE = f"""
 import json, os, signal, sys, time
@@ -31,6 +33,9 @@ if what == 'crash': raise KeyError(7)
 if what == 'empty': print('nothing')
 if what == 'memory': os.kill(os.getpid(), signal.SIGKILL)
 if what == 'late': result(); os.kill(os.getpid(), signal.SIGKILL)
+if what == 'lost' and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)
+if what == 'lost': time.sleep(60)
+if what == 'orphan': os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)
 if what == 'slow':
     try:
         (folder / 'started').touch(); time.sleep(60)
@@ -110,6 +115,21 @@ def test_several_processes_are_started_by_torchrun(job):
     words = command(job('good', processes=4))
     assert words[1:5] == ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=4']
     assert words[-2:] == ['--launcher', 'pytorch']
+
+
+def test_kills_around_torchrun(job, tmp_path):
+    """Processes that outlive it hold the lock; one that is killed below it leaves a cell that goes on."""
+    folder = tmp_path / 'cells' / 'one'
+    outcome = run_cell(job('orphan', processes=2), {})
+    assert outcome.status == 'interrupted' and outcome.error.startswith('error: killed by SIGKILL')
+    assert locked(folder) and run_cell(job('good'), {}).status == 'busy'
+    subprocess.run(['pkill', '-9', '-f', str(folder)], check=True)
+    while locked(folder):
+        time.sleep(0.05)
+    # one of them is killed, not torchrun
+    outcome = run_cell(job('lost', processes=2), {})
+    assert outcome.status == 'interrupted' and outcome.error.startswith('error: killed by SIGKILL')
+    assert run_cell(job('good'), {}).computed
 
 
 def start(job: Job, **settings) -> tuple[threading.Thread, list]:

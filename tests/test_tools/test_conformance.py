@@ -18,7 +18,12 @@ from tests.tiny import ROOT
 SUITE = ROOT / 'exp' / 'conformance.yaml'
 # an entry of CI that runs everywhere
 TINY = 'tiny_repq_vit_w4a4'
-ROWS = {'README.md': '## Results', 'docs/ahcq_sam.md': '## Which part', 'docs/saq_sam.md': '## Results'}
+ROWS = {
+    'README.md': '## Results',
+    'docs/ahcq_sam.md': '## Which part',
+    'docs/saq_sam.md': '## Results',
+    'docs/mixed_precision.md': '## Results',
+}
 
 
 def check(*words, file=SUITE, work_dir):

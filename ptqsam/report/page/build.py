@@ -20,7 +20,6 @@ from ptqsam.report.grid import (
     Grid,
     bits_label,
     build_grid,
-    differing_options,
     metric,
     option_text,
 )
@@ -145,17 +144,19 @@ def overview(records: Sequence[Record], grid: Grid) -> list[Section]:
 
 def size_charts(records: Sequence[Record]) -> list[Chart]:
     """A chart per pipeline that has packed checkpoints."""
-    told, charts = differing_options(records), []
+    charts = []
     for model in dict.fromkeys(record.model for record in records):
         mine = [record for record in records if record.model == model]
         points = []
         for record in mine:
             value, size = metric(record, 'quant'), ((record.result or {}).get('size_mb') or {}).get('packed')
             if value is not None and size:
-                options = [option_text(key, record.options[key]) for key in sorted(told & set(record.options))]
+                options = [option_text(key, option) for key, option in sorted(record.options.items())]
                 points.append(Point(', '.join((record.recipe, *options)), size, value, bits_label(record.bits)))
         if points:
-            whole = next((value for record in mine if (value := metric(record, 'fp')) is not None), None)
+            # pipeline options may make it several
+            wholes = {value for record in mine if (value := metric(record, 'fp')) is not None}
+            whole = wholes.pop() if len(wholes) == 1 else None
             full = next((r.result['size_mb']['fp'] for r in mine if r.result and r.result['size_mb'].get('fp')), None)
             caption = f'{model}: mAP against packed size' + (f'; the float model has {full:.1f} MB' if full else '')
             charts.append(accuracy_by_size(caption, points, whole))
@@ -165,16 +166,13 @@ def size_charts(records: Sequence[Record]) -> list[Chart]:
 def runs_table(records: Sequence[Record]) -> Table:
     """A row per run."""
     rows: list[tuple[Value, ...]] = []
-    told = sorted(differing_options(records))
     heads = ('run', 'bits', 'seed', 'status', 'mAP', 'FP', 'MB', 'minutes', 'GB', 'compat', 'host')
     for record in records:
         result = record.result or {}
         memory = result.get('peak_memory_mb')
         rows.append(
             (
-                ' '.join(
-                    (record.name, *(option_text(key, record.options[key]) for key in told if key in record.options))
-                ),
+                ' '.join((record.name, *(option_text(key, value) for key, value in sorted(record.options.items())))),
                 bits_label(record.bits),
                 float(record.seed),
                 record.status,

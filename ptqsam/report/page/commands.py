@@ -22,8 +22,11 @@ def run_command(record: Record, *more: str) -> str:
 
 
 def masks_command(record: Record) -> str:
-    """The command that draws masks of a run."""
-    return run_command(record, '--work-dir', str(record.folder), '--show-dir', str(record.folder / 'masks'))
+    """The command that draws masks of a run, and leaves its result alone."""
+    packed = record.folder / 'packed'
+    given = ('--load', str(packed)) if packed.is_dir() else ()
+    places = ('--work-dir', str(record.folder / 'again'), '--show-dir', str(record.folder / 'masks'))
+    return run_command(record, *given, *places)
 
 
 def analysis_command(record: Record) -> str:
