@@ -30,6 +30,7 @@ from ptqsam.launch import lost_others, report_failure, report_lost, tell_others,
 from ptqsam.reconstruction.cache import is_out_of_memory
 from ptqsam.registry import SOLVER_HOOKS, check_part
 from ptqsam.report import result_table
+from ptqsam.solver.loop import PTQLoop
 from ptqsam.solver.options import RunOptions
 from ptqsam.solver.outputs import PREPARATION_FILES, RESULT_FILES
 
@@ -346,7 +347,7 @@ def build_runner(
         share_work=args.share_work,
     )
     config.test_cfg = dict(
-        type='PTQLoop', recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)
+        type=PTQLoop.__name__, recipe=recipe.plain(), calib_dataset=config.calib_dataset, options=asdict(options)
     )
     if args.wandb:
         report = dict(type='WandbReport', project=args.wandb) | dict(args.wandb_options)

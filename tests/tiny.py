@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ test_evaluator = [
 """
 DECODER = dict(out_chans=16, decoder_num_heads=2, decoder_mlp_dim=32, iou_head_hidden_dim=16)
 ARCH = dict(embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=2, **DECODER)
+# what a loop has that shares no work, for stand-ins of it
+ALONE: dict[str, Any] = dict(shared_calibration=None, embeddings_of_others=lambda off: nullcontext())
 RECIPE = """
 algorithm: tiny
 bits: {weight: 4, act: 8}

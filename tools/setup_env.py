@@ -192,7 +192,7 @@ def install_mmcv(pinned: list[str]) -> None:
     command = [*pinned, '-v', '--no-build-isolation', 'mmcv']
     # pip's cache does not know which torch a wheel was built against, so what came from it may not load
     again = [*command, '--no-cache-dir', '--force-reinstall', '--no-deps', '--no-binary', 'mmcv']
-    run('mmcv (compiled once, about 9 minutes on 2 cores)', command, MMCV_LOG, build_environment(with_cuda))
+    run('mmcv (compiled once, 9 to 20 minutes on 2 cores)', command, MMCV_LOG, build_environment(with_cuda))
     problem = mmcv_problem(with_cuda)
     if problem:
         say(f'the mmcv at hand does not fit ({problem}): compiling it anew')

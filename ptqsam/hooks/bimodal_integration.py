@@ -322,7 +322,7 @@ def collect_keys(loop: Any, attentions: dict[str, nn.Module], count: int) -> tup
     batches = batches_with_boxes(loop.calib_loader, calibration.max_boxes, calibration.seed)
     keys = {path: Keys() for path in attentions}
     images: list[str] = []
-    with quantizers_off(loop.target), watch_keys(attentions, keys, images):
+    with quantizers_off(loop.target), loop.embeddings_of_others(off=True), watch_keys(attentions, keys, images):
         for batch in islice(batches, count):
             images.append(Path(batch['data_samples'][0].img_path).name)
             loop.model.test_step(batch)

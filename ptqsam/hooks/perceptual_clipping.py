@@ -113,7 +113,7 @@ class PerceptualClipping(Hook):
             # what an earlier run left must not look like the result of this one
             for name in FILES:
                 (loop.work_dir / name).unlink(missing_ok=True)
-        with quantizers_off(loop.target):
+        with quantizers_off(loop.target), loop.embeddings_of_others(off=True):
             # with other images, other processes might decide otherwise
             names, clipped = decided_by_main(lambda: self.search(loop, targets))
         for path, quantizers in targets.items():

@@ -175,16 +175,27 @@ class ScaleReparameterization(Hook):
         """Run all calibration images through the encoder, and observe what reaches the layers."""
         observers = [self.make_observer(pair.quantizer.bits, pair.quantizer.symmetric) for pair in pairs]
         watched = {pair.op: observer for pair, observer in zip(pairs, observers, strict=True)}
-        with quantizers_off(loop.target), watch_inputs(watched):
+        named = {
+            f'channels of {pair.quantizer.path}': observer for pair, observer in zip(pairs, observers, strict=True)
+        }
+
+        def watch() -> None:
             calibration = loop.recipe.calibration
             batches = own_batches(loop.calib_loader, calibration.max_boxes, calibration.seed, 'channel ranges')
-            for number, batch in batches:
-                for observer in observers:
-                    observer.turn = number
-                for image, _ in loop.model.sam_inputs(batch):
-                    loop.model.encode(image)
-        for observer in observers:
-            observer.synchronize()
+            with watch_inputs(watched):
+                for number, batch in batches:
+                    for observer in observers:
+                        observer.turn = number
+                    for image, _ in loop.model.sam_inputs(batch):
+                        loop.model.encode(image)
+            for observer in observers:
+                observer.synchronize()
+
+        with quantizers_off(loop.target):
+            if loop.shared_calibration is None:
+                watch()
+            else:
+                loop.shared_calibration.watch_once(named, watch)
         return observers
 
 

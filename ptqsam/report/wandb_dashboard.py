@@ -266,6 +266,9 @@ def create(workspace: Any) -> str:
         with no_questions():
             workspace.entity = workspace.entity or wandb.Api().default_entity
             return str(workspace.save().url)
-    except (wandb.errors.Error, ValueError) as error:
+    except Exception as error:
+        # what the server refuses comes as a class that is none of `wandb.errors`
+        if not isinstance(error, ValueError) and type(error).__module__.split('.')[0] != 'wandb':
+            raise
         reason = ' '.join(str(error).split())
         raise ConfigError(f'the dashboard was written but not created on the server ({reason})') from None

@@ -21,7 +21,7 @@ def statistics_facts(quantizer: Quantizer) -> dict[str, Any]:
     Raises:
         Unknown: its observer does not say.
     """
-    facts: dict[str, Any] = dict(observer=_collected_by(quantizer.observer))
+    facts: dict[str, Any] = dict(observer=observer_facts(quantizer.observer))
     if type(quantizer).observe is not Quantizer.observe:
         # it may show its observer something else
         facts |= _settings(quantizer)
@@ -57,10 +57,13 @@ def model_facts(target: nn.Module, observing: list[Quantizer]) -> tuple[str, dic
     return hash_tensors(tensors), {quantizer.path: _settings(quantizer) for quantizer in active}
 
 
-def _collected_by(observer: Observer) -> dict[str, Any]:
+def observer_facts(observer: Observer) -> dict[str, Any]:
     """What an observer's statistics depend on beside the tensors that it is shown.
 
     Observers that collect the same have the same facts: all that keep samples, for example.
+
+    Raises:
+        Unknown: it does not say.
     """
     owner = next(kind for kind in type(observer).__mro__ if 'collect' in vars(kind))
     names = vars(owner).get('collects_by')
@@ -72,7 +75,7 @@ def _collected_by(observer: Observer) -> dict[str, Any]:
 def _fact(value: Any) -> Any:
     """An attribute of an observer in plain values."""
     if isinstance(value, Observer):
-        return _collected_by(value)
+        return observer_facts(value)
     if isinstance(value, Family):
         return dict(family=_name(type(value)), **{name: _fact(part) for name, part in vars(value).items()})
     if isinstance(value, list | tuple):

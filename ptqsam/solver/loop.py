@@ -67,6 +67,7 @@ class PTQLoop(TestLoop):
         seconds: finished stage -> its time.
         memory_mb: finished stage -> largest memory use of this process until its end.
         shared: work of other runs, if this one is to take part in it.
+        shared_calibration: the part of it that calibration takes, and hooks before it.
         violations: what the gate would refuse; of a run with compat switches, others stop.
         rules: rules and what they decided.
     """
@@ -101,6 +102,7 @@ class PTQLoop(TestLoop):
         self.violations: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
         self.shared = SharedWork(Path(self.options.cache_dir)) if self.options.share_work else None
+        self.shared_calibration: SharedCalibration | None = None
         show_dir = self.options.show_dir
         self.gallery = Gallery(Path(show_dir), self.dataloader.dataset) if show_dir else None
         check_reconstruction(self.recipe)
@@ -197,6 +199,7 @@ class PTQLoop(TestLoop):
             )
             origin = self.origin()
             demand_same(origin)
+            self.shared_calibration = self.share_calibration(origin)
             ready = decided_by_main(lambda: find_packed(self.work_dir / 'packed', origin) if options.resume else None)
             if ready is not None:
                 self.runner.logger.info(f'resume: calibrated model from {ready}')
@@ -246,7 +249,7 @@ class PTQLoop(TestLoop):
         reconstructed = self.recipe.reconstruction is not None
         resumed = reconstructed and self.options.resume and decided_by_main(lambda: stage.load_calibrated(self.target))
         if not resumed:
-            shared = self.shared_calibration(origin)
+            shared = self.shared_calibration
             settings = (calibration.max_boxes, calibration.seed)
             with self.embeddings_of_others():
                 calibrate_activations(self.model, self.target, self.calib_loader, *settings, shared)
@@ -256,8 +259,8 @@ class PTQLoop(TestLoop):
                 stage.save_calibrated(self.target)
         share_model(self.target)
 
-    def shared_calibration(self, origin: dict[str, Any]) -> SharedCalibration | None:
-        """What other runs have found that calibrate on the same images.
+    def share_calibration(self, origin: dict[str, Any]) -> SharedCalibration | None:
+        """Take what other runs have found that calibrate on the same images.
 
         Args:
             origin: what the result depends on.
@@ -328,13 +331,16 @@ class PTQLoop(TestLoop):
         return own_metrics(self.work_dir / 'fp.json', conditions, evaluate, known)
 
     @contextmanager
-    def embeddings_of_others(self) -> Iterator[None]:
+    def embeddings_of_others(self, off: bool = False) -> Iterator[None]:
         """Let the model take embeddings from other runs meanwhile, if all of its encoder is in float.
 
         Several processes each encode other images, but share work together, so they do not take any.
+
+        Args:
+            off: quantizers that it has are off, and stay so. Default False: it must not have any.
         """
         encoder = self.target.get_submodule('image_encoder')
-        if self.shared is None or get_world_size() > 1 or any(quantizers(encoder)):
+        if self.shared is None or get_world_size() > 1 or (any(quantizers(encoder)) and not off):
             yield
             return
         with self.model.embeddings_of_others(self.shared):

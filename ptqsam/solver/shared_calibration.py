@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ptqsam import __version__
 from ptqsam.fileio import fingerprint
+from ptqsam.observers import Observer
 from ptqsam.observers.statistics_file import load_statistics, save_statistics
 from ptqsam.quantizers import Quantizer
 from ptqsam.shared_work import SharedWork, hash_tensors, load_tensors, numerics, save_tensors
-from ptqsam.solver.facts import Unknown, model_facts, range_facts, statistics_facts
+from ptqsam.solver.facts import Unknown, model_facts, observer_facts, range_facts, statistics_facts
 
 Range = tuple[Tensor, Tensor]
 
@@ -46,17 +47,36 @@ class SharedCalibration:
             self._statistics = ''
             observe()
             return
+        self._statistics = self._name(kinds, observing)
+        self._fill(self._statistics, {quantizer.path: quantizer.observer for quantizer in observing}, observe)
 
+    def watch_once(self, observers: Mapping[str, Observer], watch: Callable[[], None]) -> None:
+        """Fill observers of a hook, by a pass over the calibration images or from an earlier one.
+
+        Args:
+            observers: what is observed -> observer; the words say where, and that a hook does.
+            watch: makes the pass.
+        """
+        try:
+            name = self._name({path: observer_facts(observer) for path, observer in observers.items()}, [])
+        except Unknown:
+            watch()
+            return
+        self._fill(name, observers, watch)
+
+    def _name(self, kinds: dict[str, Any], observing: list[Quantizer]) -> str:
+        """Name of what observers collect from the model as it is now."""
+        return fingerprint([dict(self.conditions), numerics(), kinds, *model_facts(self.target, observing)])
+
+    def _fill(self, name: str, observers: Mapping[str, Observer], observe: Callable[[], None]) -> None:
         def collect() -> dict[str, Any]:
             observe()
-            return {quantizer.path: quantizer.observer.statistics() for quantizer in observing}
+            return {path: observer.statistics() for path, observer in observers.items()}
 
-        self._statistics = fingerprint([dict(self.conditions), numerics(), kinds, *model_facts(self.target, observing)])
-        name = f'{self._statistics}.safetensors'
-        found = self.shared.compute_once('statistics', name, collect, load_statistics, save_statistics)
+        found = self.shared.compute_once('statistics', f'{name}.safetensors', collect, load_statistics, save_statistics)
         device = next(self.target.parameters()).device
-        for quantizer in observing:
-            quantizer.observer.take_statistics(found[quantizer.path], device)
+        for path, observer in observers.items():
+            observer.take_statistics(found[path], device)
 
     def calibrate_once(self, quantizer: Quantizer) -> None:
         """Set the parameters of a quantizer of activations that has observed."""

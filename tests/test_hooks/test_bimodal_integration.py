@@ -25,7 +25,7 @@ from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.golden import Case, cases
 from tests.test_projects.helpers import instances, make_model, make_sample, random_boxes
-from tests.tiny import ARCH, write_pipeline
+from tests.tiny import ALONE, ARCH, write_pipeline
 
 CROSS = 'mask_decoder.transformer.layers.{}.cross_attn_token_to_image'
 PATHS = [CROSS.format(0), CROSS.format(1), 'mask_decoder.transformer.final_attn_token_to_image']
@@ -54,7 +54,13 @@ def make_loop(tmp_path, counts=(3, 2), planted=True, recipe=BITS):
         image = torch.from_numpy(rng.integers(0, 256, (3, 64, 64), dtype=np.uint8))
         batches.append(dict(inputs=[image], data_samples=[sample]))
     return SimpleNamespace(
-        model=model, target=model.sam, calib_loader=batches, recipe=rules.config, rules=rules, work_dir=tmp_path
+        model=model,
+        target=model.sam,
+        calib_loader=batches,
+        recipe=rules.config,
+        rules=rules,
+        work_dir=tmp_path,
+        **ALONE,
     )
 
 

@@ -28,7 +28,7 @@ from ptqsam.solver.rules import RuleBook
 from tests.golden import Case, cases
 from tests.test_projects.helpers import instances, make_model, make_sample, random_boxes
 from tests.test_ptqsam.test_condition_number import SETTINGS, ill_conditioned, loop_of_decompositions
-from tests.tiny import ARCH, write_pipeline
+from tests.tiny import ALONE, ARCH, write_pipeline
 
 BLOCK = 'image_encoder.blocks.1'
 CROSS = 'mask_decoder.transformer.layers.1.cross_attn_token_to_image'
@@ -75,7 +75,13 @@ def make_loop(tmp_path, conditions=BAD, counts=BOXES, **recipe):
     quantize_model(model.sam, rules)
     apply_compat(model.sam, rules.config.compat)
     return SimpleNamespace(
-        model=model, target=model.sam, calib_loader=Loader(counts), recipe=rules.config, rules=rules, work_dir=tmp_path
+        model=model,
+        target=model.sam,
+        calib_loader=Loader(counts),
+        recipe=rules.config,
+        rules=rules,
+        work_dir=tmp_path,
+        **ALONE,
     )
 
 

@@ -26,7 +26,7 @@ from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.test_hooks.test_condition_number import Loader
 from tests.test_projects.helpers import make_model
-from tests.tiny import ARCH, write_pipeline
+from tests.tiny import ALONE, ARCH, write_pipeline
 
 DECODER = 'mask_decoder.transformer'
 CROSS = f'{DECODER}.layers.1.cross_attn_token_to_image'
@@ -55,7 +55,13 @@ def make_loop(tmp_path, counts=(6, 0, 7), planted=False, **recipe):
     rules = RuleBook(parse_quant_config(RECIPE | recipe, 'test'))
     quantize_model(model.sam, rules)
     return SimpleNamespace(
-        model=model, target=model.sam, calib_loader=Loader(counts), recipe=rules.config, rules=rules, work_dir=tmp_path
+        model=model,
+        target=model.sam,
+        calib_loader=Loader(counts),
+        recipe=rules.config,
+        rules=rules,
+        work_dir=tmp_path,
+        **ALONE,
     )
 
 

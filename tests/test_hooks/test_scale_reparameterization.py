@@ -24,7 +24,7 @@ from ptqsam.solver.prepare import quantize_model
 from ptqsam.solver.rules import RuleBook
 from tests.test_hooks.test_condition_number import Loader
 from tests.test_projects.helpers import make_model
-from tests.tiny import ARCH, DECODER, write_pipeline
+from tests.tiny import ALONE, ARCH, DECODER, write_pipeline
 
 MINMAX = {'type': 'MinMax'}
 # 4 tokens on a side in windows of 3, which are padded; a global block behind
@@ -68,7 +68,7 @@ def make_loop(tmp_path, arch=PADDED, act=4, double=False, images=2, spread=sprea
         loader.batches = [dict(batch, inputs=[x.double() for x in batch['inputs']]) for batch in loader.batches]
         model.data_preprocessor.double()
     return SimpleNamespace(
-        model=model, target=model.sam, calib_loader=loader, recipe=rules.config, rules=rules, work_dir=tmp_path
+        model=model, target=model.sam, calib_loader=loader, recipe=rules.config, rules=rules, work_dir=tmp_path, **ALONE
     )
 
 

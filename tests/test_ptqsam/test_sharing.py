@@ -17,7 +17,11 @@ RECIPES = {
         "        {match: 'role:*.softmax', quantizer: {type: AGQ}},\n"
         '        {match: role:mlp.lin1.input, quantizer: {type: CAG}}]\n'
         'reconstruction: {iters: 2, max_boxes: 2, tokens_per_step: 64}\n',
-        ['fp', 'statistics', 'ranges', 'weights'],
+        ['fp', 'embeddings', 'statistics', 'ranges', 'weights'],
+    ),
+    'hooks': (
+        'hooks: [{type: ScaleReparameterization}, {type: PerceptualClipping}]\n',
+        ['fp', 'statistics', 'embeddings', 'ranges', 'weights'],
     ),
     'decoder': (
         "rules: [{match: 'image_encoder.*', enabled: false}]\n",

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from ptqsam.errors import ConfigError
 from ptqsam.report.wandb_content import STAGES
-from ptqsam.report.wandb_dashboard import METRICS, describe, main
+from ptqsam.report.wandb_dashboard import METRICS, create, describe, main
 from ptqsam.sweep.cells import expand
 from ptqsam.sweep.driver import plan
 from ptqsam.sweep.records import read_records
@@ -140,3 +141,16 @@ def test_creating_needs_a_login(package, monkeypatch, tmp_path, capsys):
     assert main([str(SWEEP), '--project', 'p', '--output', str(output), '--create']) == 2
     assert 'not created on the server (No API key configured' in capsys.readouterr().err
     assert output.is_file(), 'the definition does not need one'
+
+
+def test_refusal_of_the_server_is_one_line():
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+
+    class Workspace:
+        entity = 'a-team-of-others'
+
+        def save(self):
+            raise WandbApiFailedError('permission\ndenied')
+
+    with pytest.raises(ConfigError, match=r'not created on the server \(permission denied\)'):
+        create(Workspace())
