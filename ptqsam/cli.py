@@ -112,8 +112,8 @@ def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     """Parse a command line that may have values of `k=v` which mmengine cannot read."""
     try:
         return parser.parse_args(argv)
-    except RecursionError:
-        parser.error('cannot read a value of k=v; put lists of dicts into the file itself')
+    except (RecursionError, AssertionError):
+        parser.error('cannot read the brackets of a value in k=v; close them all, and put lists of dicts into a file')
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

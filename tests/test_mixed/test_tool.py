@@ -252,7 +252,8 @@ def test_infeasible_budget_names_the_smallest(allocate, capsys):
         ([], 'give a budget'),
         (['--size-mb', 'w4', '--images', 2], '--images and --importance are for --method'),
         (['--size-mb', 'w4', '--boxes', 0], 'must be at least 1'),
-        (['--size-mb', 'w4', '--cfg-options', 'a=[dict(b=[1])]'], ''),
+        (['--size-mb', 'w4', '--cfg-options', 'a=[[1],{b:[2,3]}]'], 'cannot read the brackets'),
+        (['--size-mb', 'w4', '--cfg-options', 'a=[1,[2]'], 'cannot read the brackets'),
     ],
 )
 def test_bad_usage(tiny, table, tmp_path, capsys, options, words):

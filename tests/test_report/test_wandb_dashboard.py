@@ -110,7 +110,7 @@ def test_the_folder_of_a_sweep(package, tiny, tmp_path):
     plan(folder, expand(load_sweep(sweep), str(sweep)))
     (folder / 'sweep.yaml').write_text(sweep.read_text())
     assert describe(folder) == ('grid', METRICS, 'grid of mine')
-    result = dict(metrics=dict(fp=None, quant=dict(mask_mIoU=0.5, mask_matched=1.0)), compat=[])
+    result = dict(metrics=dict(fp=None, quant=dict(mask_mIoU=0.5, mask_matched=1.0)), compat=[], size_mb={})
     cell = read_records(folder)[0].folder
     cell.mkdir(parents=True)
     (cell / 'result.json').write_text(json.dumps(result))

@@ -25,6 +25,7 @@ FAKE = f"""
 import json, os, signal, sys, time
 from pathlib import Path
 what, folder = sys.argv[1], Path(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as the tool does; who starts the tests may ignore it
 def result(): (folder / 'result.json').write_text({json.dumps(RESULT)!r})
 print('progress 50%', end='\\r')
 if what == 'good': result()
