@@ -1,6 +1,7 @@
 """Kill a sweep of short cells at random moments and see that nothing is lost and nothing computed twice.
 
-`python -m tests.test_sweep.kills FOLDER KILLS SEED CELLS` prints what happened; the test kills less often.
+`python -m tests.test_sweep.kills FOLDER KILLS SEED CELLS` prints what happened; FOLDER holds a sweep of so many cells in
+`grid.yaml`. The test kills less often.
 """
 
 import random
