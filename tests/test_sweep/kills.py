@@ -1,6 +1,6 @@
 """Kill a sweep of short cells at random moments and see that nothing is lost and nothing computed twice.
 
-`python -m tests.test_sweep.kills FOLDER KILLS SEED CELLS` prints what happened; FOLDER holds a sweep of so many cells in
+`python -m tests.test_sweep.kills FOLDER KILLS SEED CELLS` prints what happened; FOLDER holds a sweep of so many cells,
 `grid.yaml`. The test kills less often.
 """
 
