@@ -60,10 +60,12 @@ def run_ray(
             for reference in done:
                 yield running.pop(reference), _outcome(ray, reference)
             if stop.is_set():
-                for reference, job in running.items():
-                    begun = locked(Path(job.folder))
+                # all looked at before any is cancelled: that makes room, in which others would begin
+                begun = [locked(Path(job.folder)) for job in running.values()]
+                for reference in running:
                     ray.cancel(reference)  # raises KeyboardInterrupt in a task that runs
-                    yield job, Outcome('interrupted', 'interrupted') if begun else Outcome('waiting')
+                for job, worked_on in zip(running.values(), begun, strict=True):
+                    yield job, Outcome('interrupted', 'interrupted') if worked_on else Outcome('waiting')
                 return
     finally:
         ray.shutdown()
